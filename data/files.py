@@ -1,0 +1,132 @@
+"""Reading and writing files so that nothing already written is ever lost, and saying what is wrong in one sentence.
+
+Used by every script: JSON lines, atomic writes, the cache folder, the progress line, and `run`, which turns
+bad input into one sentence and exit code 2. Nothing to run here.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def run(main):
+    """Call main(); bad input (ValueError, OSError) becomes one sentence on stderr and exit code 2, no traceback.
+
+    Set NANODRAFT_TRACEBACK=1 to see the traceback all the same.
+    """
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `python X.py | head` ends quietly
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\ninterrupted: what was saved is whole; a script that has --resume goes on from there", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        if os.environ.get("NANODRAFT_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@contextmanager
+def atomic(path):
+    """Yield a temporary path beside `path`; renamed onto it when the block succeeds, removed when it fails."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)  # atomic within one file system: a reader sees the old file or the new one
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_jsonl(path):
+    """All rows of a JSON lines file as dicts. ValueError names the file and the line that is not a JSON object."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; give the path of a JSON lines file")
+    rows = []
+    with open(path, encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error.msg}); mend or delete that line") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
+            rows.append(row)
+    return rows
+
+
+def write_jsonl(path, rows):
+    """Write rows as JSON lines, all or nothing."""
+    with atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def trim_partial_line(path):
+    """Cut off a last line without its newline: what a killed writer leaves behind. Whole lines stay untouched."""
+    path = Path(path)
+    if path.is_file():
+        with open(path, "r+b") as file:
+            content = file.read()
+            file.truncate(content.rfind(b"\n") + 1)
+
+
+def read_prompts(path):
+    """Rows {"task", "messages"} of a prompts file: {"task", "prompt": text} or {"task", "messages": [...]} lines.
+
+    ValueError for a row without either, an empty prompt, or messages that do not end with a user turn.
+    """
+    prompts = []
+    for number, row in enumerate(read_jsonl(path), 1):
+        messages = row["messages"] if "messages" in row else [{"role": "user", "content": row.get("prompt")}]
+        whole = isinstance(messages, list) and messages and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages)
+        if not whole or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
+            raise ValueError(f'{path}, prompt {number}: expected {{"task": "...", "prompt": "some text"}} or "messages" that '
+                             f"end with a user's turn that is not empty")
+        prompts.append({"task": str(row.get("task", "open")), "messages": messages})
+    if not prompts:
+        raise ValueError(f"{path}: no prompts in it")
+    return prompts
+
+
+def cache_dir(*parts):
+    """A folder under $NANODRAFT_CACHE (default ~/.cache/nanodraft), made if missing. What lies there may vanish."""
+    folder = Path(os.environ.get("NANODRAFT_CACHE") or Path.home() / ".cache" / "nanodraft").joinpath(*parts)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def duration(seconds):
+    """A span of time for people: 45s, 3m20s, 1h05m."""
+    seconds = int(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    return f"{seconds // 60}m{seconds % 60:02d}s" if seconds < 3600 else f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+
+
+class Progress:
+    """A printed line with rate and time left, every few seconds: it reads well in a log, too."""
+
+    def __init__(self, total, unit, every=5.0):
+        self.total, self.unit, self.every = total, unit, every
+        self.begin = self.last = time.monotonic()
+
+    def update(self, done, extra=""):
+        """Print a line if `every` seconds have passed, or if this is the end. `done` counts units since the start."""
+        now = time.monotonic()
+        if now - self.last < self.every and done < self.total:
+            return
+        self.last = now
+        rate = done / max(now - self.begin, 1e-9)
+        left = duration((self.total - done) / rate) + " left" if rate and done < self.total else "done"
+        print(f"  {done}/{self.total} {self.unit}  {rate:.2f}/s  {left}  {extra}".rstrip(), flush=True)

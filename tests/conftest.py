@@ -1,0 +1,64 @@
+"""What all tests share: the import path, tiny models, and the marker for tests that need the real chat model."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import model  # noqa: E402  (after the path is set)
+
+TARGET = ROOT / "models" / "smollm2-135m-instruct"
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "real: needs the chat model in models/ and the packages of requirements-real.txt")
+    torch.set_num_threads(1)  # tiny models: a second thread only adds waiting
+
+
+def pytest_collection_modifyitems(items):
+    reason = None
+    try:
+        import gguf  # noqa: F401
+        import tokenizers  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        reason = f"needs {error.name}: pip install -r requirements-real.txt"
+    if reason is None and not (TARGET / "provenance.json").is_file():
+        reason = "needs the chat model: python data/smollm2.py"
+    if reason:
+        for item in items:
+            if item.get_closest_marker("real"):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def tiny_llama(seed, vocab=3, layers=1, std=0.5, hidden=8, heads=2, kv_heads=1, context=64, tied=False, **keys):
+    """A random model small enough for thousands of texts, with weights large enough that its choices matter."""
+    config = model.Config(vocab_size=vocab, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+                          num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=context,
+                          tie_word_embeddings=tied, **keys)
+    llama = model.Llama(config)
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in llama.named_parameters():
+        if weight.dim() == 2:
+            torch.nn.init.normal_(weight, std=std, generator=generator)
+    return llama.requires_grad_(False)
+
+
+def run_script(*arguments, **options):
+    """Run `python ARGUMENTS` from the repository's root; returns the finished process with its text output."""
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
+
+
+def assert_refused(process, *words):
+    """Bad input: exit code 2, one sentence on stderr that holds all these words, and no traceback."""
+    assert process.returncode == 2, process.stderr
+    assert "Traceback" not in process.stderr
+    lines = [line for line in process.stderr.splitlines() if line.startswith("error: ") or ": error: " in line]
+    assert len(lines) == 1, process.stderr
+    for word in words:
+        assert str(word) in lines[0], lines[0]

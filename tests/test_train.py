@@ -1,0 +1,403 @@
+"""Claims about train.py, on tiny models and token files made here."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+import torch.nn.functional as F
+
+import train
+from data import files
+from data import tokenizer as tokenizers
+from model import Config, Llama, load, save
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--threads", "1", "--steps", "12", "--batch-size", "4", "--context", "16", "--save-every", "5", "--eval-every", "4"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory):
+    """A SentencePiece tokenizer of 200 pieces, trained here on a few sentences."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    words = "the a red green old small river stone bird tree runs sings falls waits under over near by morning night".split()
+    choose = np.random.default_rng(0)
+    sentences = [" ".join(choose.choice(words, 8)) + "." for _ in range(300)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences), model_prefix=str(folder / "tokenizer"), vocab_size=200, model_type="bpe",
+        hard_vocab_limit=False, minloglevel=2)
+    (folder / "tokenizer.vocab").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+         "model_max_length": 512}))
+    return folder
+
+
+def write_data(folder, tokenizer_folder, train_tokens, eval_tokens=None):
+    folder.mkdir()
+    tokenizer = tokenizers.load(tokenizer_folder)
+    np.asarray(train_tokens, "<u2").tofile(folder / "train.bin")
+    np.asarray(train_tokens if eval_tokens is None else eval_tokens, "<u2").tofile(folder / "eval.bin")
+    (folder / "meta.json").write_text(json.dumps(
+        {"vocab_size": tokenizer.vocab_size, "tokenizer_fingerprint": tokenizer.fingerprint}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def random_data(tmp_path_factory, tokenizer_folder):
+    size = tokenizers.load(tokenizer_folder).vocab_size
+    drawn = np.random.default_rng(1).integers(0, size, 6000)
+    return write_data(tmp_path_factory.mktemp("random") / "data", tokenizer_folder, drawn[:4000], drawn[4000:])
+
+
+@pytest.fixture
+def run(tokenizer_folder, random_data, tmp_path):
+    """Call main() with small settings; later flags win. Returns the rows of log.jsonl."""
+    def run(*flags, data=random_data, out=tmp_path / "out", start=("--model", "tiny-drafter")):
+        train.main([*start, "--data", str(data), "--tokenizer", str(tokenizer_folder), "--out", str(out), *SMALL, *flags])
+        return files.read_jsonl(out / "log.jsonl")
+    return run
+
+
+@pytest.fixture
+def refused(run, capsys):
+    """Run where one sentence on stderr and exit code 2 are expected; returns the sentence."""
+    def refused(*flags, **options):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            files.run(lambda: run(*flags, **options))
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+        return said
+    return refused
+
+
+def without_time(rows):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+# ---- the loss ----
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_chunked_loss_and_gradient_equal_cross_entropy_in_one_piece(tied, chunk):
+    torch.manual_seed(0)
+    model = Llama(Config(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, tie_word_embeddings=tied))
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    tokens = torch.randint(61, (3, 10))
+    whole = F.cross_entropy(model(tokens[:, :-1]).transpose(1, 2), tokens[:, 1:])
+    (0.25 * whole).backward()
+    expected = [weight.grad.clone() for weight in model.parameters()]
+    model.zero_grad()
+    rows_at_once, head = [], model.head
+    model.head = lambda hidden: rows_at_once.append(len(hidden)) or head(hidden)
+    loss = train.next_token_loss_backward(model, tokens, 0.25, chunk)
+    assert not loss.requires_grad and loss.item() == pytest.approx(whole.item(), rel=1e-6)
+    for weight, gradient in zip(model.parameters(), expected):
+        torch.testing.assert_close(weight.grad, gradient, rtol=1e-4, atol=1e-6)
+    assert max(rows_at_once) <= chunk and sum(rows_at_once) == 27  # no more logits than a chunk's live at once
+    assert train.evaluate(model, tokens) == pytest.approx(whole.item(), rel=1e-6)
+
+
+def test_gradients_of_several_passes_add_up():
+    torch.manual_seed(0)
+    model = Llama(Config(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2))
+    tokens = torch.randint(61, (4, 9))
+    train.next_token_loss_backward(model, tokens)
+    expected = model.embed_tokens.weight.grad.clone()
+    model.zero_grad()
+    for half in tokens.split(2):
+        train.next_token_loss_backward(model, half, 0.5)
+    torch.testing.assert_close(model.embed_tokens.weight.grad, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_an_untrained_model_scores_the_logarithm_of_its_vocabulary(run, tokenizer_folder):
+    size = tokenizers.load(tokenizer_folder).vocab_size
+    first = run("--steps", "1")[0]
+    assert first["loss"] == pytest.approx(math.log(size), abs=0.1)
+    assert first["eval_loss"] == pytest.approx(math.log(size), abs=0.1)
+
+
+def test_a_predictable_sequence_is_learnt_and_random_tokens_are_not(run, tokenizer_folder, tmp_path):
+    cycle = write_data(tmp_path / "cycle", tokenizer_folder, np.tile(np.arange(5, 12), 200))
+    learnt = run("--steps", "120", "--learning-rate", "0.01", "--eval-every", "200", data=cycle, out=tmp_path / "learnt")
+    assert learnt[-1]["eval_loss"] < 0.05
+    # Were the answer visible to the model, or not one step on, it would know random tokens as well.
+    random = run("--steps", "120", "--learning-rate", "0.01", "--eval-every", "200", out=tmp_path / "random")
+    assert random[-1]["eval_loss"] > random[0]["eval_loss"] - 0.05
+
+
+def test_windows_lie_inside_the_file_and_reach_both_ends():
+    tokens = np.arange(21, dtype="<u2")
+    batch = train.sample_batch(tokens, 400, 4, torch.Generator().manual_seed(0))
+    assert batch.shape == (400, 5) and torch.equal(batch - batch[:, :1], torch.arange(5).expand(400, 5))
+    assert batch.min() == 0 and batch.max() == 20
+    windows = train.evaluation_windows(tokens, 4)
+    assert windows[:, 0].tolist() == [0, 4, 8, 12, 16]
+    assert train.evaluation_windows(tokens, 4, count=2)[:, 0].tolist() == [0, 16]
+    assert train.evaluation_windows(tokens[:5], 4).tolist() == [[0, 1, 2, 3, 4]]
+
+
+# ---- optimiser and schedule ----
+
+def test_weight_decay_shrinks_matrices_only():
+    model = Llama(Config(vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2))
+    optimiser = train.make_optimiser(model, 0.1, weight_decay=0.5, beta2=0.9)
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight)
+    optimiser.step()
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(weight.detach(), before[name] * (0.95 if weight.dim() == 2 else 1))
+    assert [group["betas"] for group in optimiser.param_groups] == [(0.9, 0.9)] * 2
+
+
+def test_learning_rate_at_its_corners():
+    rate = [train.learning_rate_at(step, 110, 1.0, 0.2, 10) for step in range(130)]
+    assert rate[0] == 0.1 and rate[9] == rate[10] == 1.0 and rate[60] == pytest.approx(0.6)
+    assert rate[110] == rate[129] == pytest.approx(0.2)
+    assert all(a > b for a, b in zip(rate[10:110], rate[11:111]))
+    assert train.learning_rate_at(0, 10, 1.0, 0.2, 0) == 1.0  # no warm-up
+    assert train.learning_rate_at(1, 2, 1.0, 0.2, 2) == 1.0  # nothing but warm-up
+
+
+def test_the_gradient_is_clipped_to_the_given_norm(run, monkeypatch, tmp_path):
+    norms, step = [], torch.optim.AdamW.step
+
+    def watched(self, *rest):
+        norms.append(torch.cat([p.grad.flatten() for g in self.param_groups for p in g["params"]]).norm().item())
+        return step(self, *rest)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    run("--steps", "3", "--clip", "0.01", out=tmp_path / "clipped")
+    assert norms == pytest.approx([0.01] * 3, rel=1e-3)
+    norms.clear()
+    run("--steps", "3", "--clip", "0", out=tmp_path / "free")
+    assert min(norms) > 0.05
+
+
+def test_accumulated_batches_train_as_one_large_batch(run, tmp_path):
+    large = run("--batch-size", "4", out=tmp_path / "large")
+    small = run("--batch-size", "2", "--accumulate", "2", out=tmp_path / "small")
+    assert [row["tokens"] for row in small] == [row["tokens"] for row in large] == [64 * step for step in range(13)]
+    assert small[-1]["eval_loss"] == pytest.approx(large[-1]["eval_loss"], abs=2e-3)
+    assert [row["loss"] for row in small[:12]] == pytest.approx([row["loss"] for row in large[:12]], abs=2e-3)
+
+
+def test_bfloat16_keeps_the_weights_in_float32(run, tmp_path):
+    exact = run("--steps", "5", out=tmp_path / "float32")
+    rounded = run("--steps", "5", "--dtype", "bfloat16", out=tmp_path / "bfloat16")
+    assert 0 < abs(rounded[-1]["eval_loss"] - exact[-1]["eval_loss"]) < 0.02
+    weights = torch.load(tmp_path / "bfloat16" / "training.pt", weights_only=True)["weights"]
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    assert json.loads((tmp_path / "bfloat16" / "config.json").read_text())["dtype"] == "float32"
+
+
+# ---- where a model starts ----
+
+def test_embed_from_keeps_the_best_approximation_of_its_rank():
+    E = torch.randn(50, 12, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 2, 12)
+    U, S, V = torch.linalg.svd(E, full_matrices=False)
+    best = U[:, :5] * S[:5] @ V[:5]  # no matrix of rank 5 is nearer to E (Eckart and Young)
+    rows, share = train.leading_directions(E, 5)
+    assert rows.shape == (50, 5) and share == pytest.approx((S[:5] ** 2).sum().item() / (S ** 2).sum().item(), rel=1e-5)
+    torch.testing.assert_close(rows @ rows.T, best @ best.T, rtol=1e-4, atol=1e-4)
+    nearest = rows @ torch.linalg.lstsq(rows, E).solution  # the best that can be made of E from these columns
+    torch.testing.assert_close(nearest, best, rtol=1e-4, atol=1e-4)
+
+
+def test_embed_from_and_init_are_what_training_starts_from(run, refused, tokenizer_folder, tmp_path, capsys):
+    size = tokenizers.load(tokenizer_folder).vocab_size
+    torch.manual_seed(3)
+    target = Llama(Config(vocab_size=size, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2))
+    save(target, tmp_path / "target")
+    # A learning rate this small leaves the weights as they were.
+    run("--embed-from", str(tmp_path / "target"), "--learning-rate", "1e-12", out=tmp_path / "drafter")
+    rows, share = train.leading_directions(target.embed_tokens.weight.detach(), 48)
+    assert f"{share:.1%} of its energy" in capsys.readouterr().out
+    started = load(tmp_path / "drafter").embed_tokens.weight.detach()
+    scale = started.std() / rows.std()
+    assert started.std().item() == pytest.approx(0.02, rel=0.05)
+    torch.testing.assert_close(started @ started.T, rows @ rows.T * scale ** 2, rtol=1e-3, atol=1e-6)
+
+    again = run("--steps", "1", out=tmp_path / "again", start=("--init", str(tmp_path / "drafter")))
+    assert again[0]["eval_loss"] == files.read_jsonl(tmp_path / "drafter" / "log.jsonl")[-1]["eval_loss"]
+    with pytest.raises(SystemExit) as stop:  # a preset or a folder: which?
+        run(start=("--init", str(tmp_path / "drafter"), "--model", "tiny-drafter"), out=tmp_path / "both")
+    assert stop.value.code == 2
+    save(Llama(Config(vocab_size=size + 1, hidden_size=48, intermediate_size=8, num_hidden_layers=1)), tmp_path / "other")
+    assert "of the same tokenizer" in refused("--embed-from", str(tmp_path / "other"))
+    assert "of the same tokenizer" in refused(start=("--init", str(tmp_path / "other")))
+    save(Llama(Config(vocab_size=size, hidden_size=32, intermediate_size=8, num_hidden_layers=1)), tmp_path / "narrow")
+    assert "leave --embed-from out" in refused("--embed-from", str(tmp_path / "narrow"))
+
+
+# ---- resume ----
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(run, tmp_path):
+    losses = [without_time(run("--seed", seed, out=tmp_path / f"out{i}")) for i, seed in enumerate("112")]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def killed(tokenizer_folder, data, out, at, where):
+    """Run train.py in a process of its own that is killed (SIGKILL) at the `at`-th call of the function `where`."""
+    program = f"""
+import os, signal, train
+calls, function = [], train.{where}
+def watched(*given):
+    calls.append(1)
+    if len(calls) == {at}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return function(*given)
+train.{where} = watched
+train.main()"""
+    argv = ["--model", "tiny-drafter", "--data", str(data), "--tokenizer", str(tokenizer_folder), "--out", str(out), *SMALL]
+    ended = subprocess.run([sys.executable, "-c", program, *argv], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+
+
+def test_a_killed_run_resumes_to_the_losses_of_an_unbroken_one(run, tokenizer_folder, random_data, tmp_path):
+    unbroken = run(out=tmp_path / "unbroken")
+    broken = tmp_path / "broken"
+    killed(tokenizer_folder, random_data, broken, at=9, where="next_token_loss_backward")  # in step 8, three after the save
+    assert [row["step"] for row in files.read_jsonl(broken / "log.jsonl")] == list(range(8))
+    with open(broken / "log.jsonl", "a") as log:
+        log.write('{"step": 8, "lo')  # half a line, as a kill may leave it
+    resumed = run("--resume", out=broken)
+    assert without_time(resumed) == without_time(unbroken)  # bit for bit, each step once
+    seconds = [row["seconds"] for row in resumed]
+    assert seconds == sorted(seconds)
+    for name in ("model.safetensors", "config.json"):
+        assert (broken / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
+
+
+def test_a_kill_between_the_two_files_of_a_checkpoint_does_no_harm(run, tokenizer_folder, random_data, tmp_path):
+    unbroken = run(out=tmp_path / "unbroken")
+    broken = tmp_path / "broken"
+    killed(tokenizer_folder, random_data, broken, at=2, where="save_model")  # training.pt is of step 10, the model of 5
+    assert torch.load(broken / "training.pt", weights_only=True)["step"] == 10
+    assert without_time(run("--resume", out=broken)) == without_time(unbroken)
+
+
+def test_a_failing_save_leaves_the_last_good_checkpoint(run, refused, monkeypatch, tmp_path):
+    def disk_full(state, path):
+        if state["step"] < 10:
+            return write(state, path)
+        Path(path).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    unbroken, write = run(out=tmp_path / "unbroken"), torch.save
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", disk_full)
+        assert "No space left" in refused()
+    out = tmp_path / "out"
+    assert torch.load(out / "training.pt", weights_only=True)["step"] == 5 and not list(out.glob("*.tmp"))
+    assert without_time(run("--resume")) == without_time(unbroken)
+
+
+def test_resuming_a_finished_run_changes_nothing_and_completes_its_folder(run, tmp_path):
+    finished = run()
+    trained = tmp_path / "out" / "model.safetensors"
+    before = trained.read_bytes()
+    trained.unlink()  # as if killed between the two files of the last checkpoint
+    assert without_time(run("--resume")) == without_time(finished)
+    assert trained.read_bytes() == before
+
+
+def test_resume_refuses_settings_that_would_change_the_result(run, refused, tmp_path, tokenizer_folder):
+    run()
+    assert "learning_rate was 0.002, now 0.001" in refused("--resume", "--learning-rate", "0.001")
+    assert "hidden_size was 48, now 128" in refused("--resume", "--model", "tiny-target")
+    other = write_data(tmp_path / "other", tokenizer_folder, np.arange(60, 160))
+    assert "train.bin was 4000 tokens" in refused("--resume", data=other)
+    run("--resume", "--save-every", "3", "--eval-every", "100")  # these decide nothing
+    (tmp_path / "out" / "training.pt").write_bytes(b"half")
+    assert "not a readable checkpoint" in refused("--resume")
+
+
+# ---- bad input ----
+
+def test_an_existing_model_is_not_overwritten(run, refused, tmp_path):
+    rows = run()
+    assert "add --resume" in refused()
+    assert files.read_jsonl(tmp_path / "out" / "log.jsonl") == rows
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(run, refused, monkeypatch, tmp_path):
+    assert "nothing was saved yet" in refused("--learning-rate", "1e25", out=tmp_path / "hot")
+    assert not (tmp_path / "hot" / "training.pt").exists()
+
+    losses, real = [], train.next_token_loss_backward
+
+    def fails_at_step_8(*given):
+        losses.append(real(*given))
+        return losses[-1] * (math.nan if len(losses) == 9 else 1)
+
+    monkeypatch.setattr(train, "next_token_loss_backward", fails_at_step_8)
+    said = refused()
+    assert "nan at step 8" in said and "lower --learning-rate" in said and "keeps the last good checkpoint" in said
+    assert torch.load(tmp_path / "out" / "training.pt", weights_only=True)["step"] == 5
+
+
+def test_bad_input_is_one_sentence(refused, tokenizer_folder, tmp_path, random_data):
+    assert "no such file; python data/pretrain_text.py writes" in refused(data=tmp_path / "none")
+    assert "lower --context" in refused("--context", "2000")  # eval.bin holds exactly 2000: one too few
+    assert "--steps is 0" in refused("--steps", "0")
+    assert "float16" in refused("--dtype", "float16")
+
+    wrong = write_data(tmp_path / "wrong", tokenizer_folder, np.arange(100))
+    (wrong / "meta.json").write_text('{"tokenizer_fingerprint": "another"}')
+    assert "was written with tokenizer another" in refused(data=wrong)
+    (wrong / "meta.json").write_text("[")
+    assert "meta.json" in refused(data=wrong)
+    assert "outside the tokenizer's" in refused(data=write_data(tmp_path / "large", tokenizer_folder, np.arange(1000)))
+
+
+def test_the_script_itself_exits_with_2_and_no_traceback(tmp_path):
+    ended = subprocess.run([sys.executable, "train.py", "--tokenizer", str(tmp_path / "none"), "--out", str(tmp_path / "out")],
+                           cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stderr.startswith("error: ") and "Traceback" not in ended.stderr
+
+
+# ---- what comes out ----
+
+def test_the_log_and_the_folder_hold_what_they_should(run, tokenizer_folder, tmp_path, capsys):
+    rows = run()
+    assert [row["step"] for row in rows] == list(range(13))
+    assert [row["step"] for row in rows if "eval_loss" in row] == [0, 4, 5, 8, 10, 12]
+    assert all(set(row) >= {"step", "loss", "lr", "tokens", "seconds"} for row in rows)
+    assert rows[-1]["loss"] is None and rows[-1]["lr"] == pytest.approx(2e-4)
+    trained = load(tmp_path / "out")
+    assert trained.config.vocab_size == tokenizers.load(tmp_path / "out").vocab_size  # its tokenizer came along
+    assert (trained.config.bos_token_id, trained.config.eos_token_id, trained.config.max_position_embeddings) == (1, 2, 512)
+    said = capsys.readouterr().out
+    assert "tokens/s" in said and "left" in said
+    assert said.splitlines()[-1].startswith("next: python distill.py generate --target")
+
+
+@pytest.mark.real
+def test_a_trained_folder_opens_in_transformers(run, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="pip install -r requirements-real.txt")
+    chat_model = ROOT / "models" / "smollm2-135m-instruct"
+    if not (chat_model / "tokenizer.json").is_file():
+        pytest.skip("no chat model: python data/smollm2.py")
+    data = write_data(tmp_path / "data", chat_model, np.arange(1000, 1200))
+    run("--tokenizer", str(chat_model), "--steps", "3", "--learning-rate", "0.03", data=data)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    messages = [{"role": "user", "content": "Name three rivers."}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert prompt == tokenizers.load(tmp_path / "out").chat_prompt(messages)
+    tokens = torch.tensor([prompt])
+    with torch.no_grad():
+        torch.testing.assert_close(load(tmp_path / "out")(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+    assert theirs.generation_config.eos_token_id == theirs.config.eos_token_id == tokenizer.eos_token_id
