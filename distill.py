@@ -1,7 +1,8 @@
-"""Stages 2 and 3: let the target write the distillation data, then align the drafter with the target on it.
+r"""Stages 2 and 3: let the target write the distillation data, then align the drafter with the target on it.
 
     python distill.py generate --target models/smollm2-135m-instruct --self-instruct 1000 --out out/records.jsonl
-    python distill.py generate --target models/smollm2-135m-instruct --prompts data/prompts/dev.jsonl --out out/dev.jsonl
+    python distill.py finetune --target models/smollm2-135m-instruct --draft out/drafter-base --data out/records.jsonl \
+                               --loss tvd++ --pretrain-data out/pretrain --out out/drafter
 
 Why the target writes its own data: the drafter must predict what *this* model says after chat tuning, and the data
 it was tuned on is rarely public. Its own answers are free, and they are exactly the texts that the drafter will
@@ -9,13 +10,19 @@ have to guess (Goel et al., 2024, arXiv 2403.00858, section 3).
 """
 
 import argparse
+import dataclasses
+import hashlib
 import json
+import math
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
+import losses
 import model
+import train
 from data import files, tokenizer
 
 
@@ -176,6 +183,261 @@ def generate(args):
           f"--loss tvd++ --out out/drafter")
 
 
+# ---- Stage 3: align the drafter --------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Example:
+    """One record, ready to train on: `tokens`, of which tokens[first:] are the target's answer."""
+
+    tokens: list
+    first: int
+    offset: int       # where this answer's positions begin in TargetStates
+
+    @property
+    def count(self):
+        """Positions whose next token is the target's own: from the last prompt token to the last but one."""
+        return len(self.tokens) - self.first
+
+
+def read_examples(path, tok, context):
+    """Records of `generate` -> Examples of at most `context` tokens. The response's ids are used as they were sampled.
+
+    The end-of-turn token follows only where the answer ended by itself: after an answer that was cut off at the
+    length limit the target would have gone on, and the drafter must not learn to stop there.
+    """
+    examples, offset, cut = [], 0, 0
+    for number, record in enumerate(files.read_jsonl(path), 1):
+        ids, ended = record.get("response_ids"), record.get("ended")
+        if not isinstance(ids, list) or not isinstance(ended, bool) or not isinstance(record.get("messages"), list):
+            raise ValueError(f"{path}, record {number}: needs messages, response_ids and ended, as distill.py generate writes them")
+        if any(not isinstance(i, int) or not 0 <= i < tok.vocab_size for i in ids):
+            raise ValueError(f"{path}, record {number}: response_ids hold what is no token of {tok.folder}: another tokenizer's records?")
+        prompt = tok.chat_prompt(record["messages"]) if record["messages"] else [tok.document_id]
+        tokens = prompt + ids + ([tok.eos_id] if ended else [])
+        cut += len(tokens) > context
+        if len(prompt) < min(len(tokens), context):
+            examples.append(Example(tokens[:context], len(prompt), offset))
+            offset += examples[-1].count
+    if not examples:
+        raise ValueError(f"{path}: no record with an answer that fits into --context {context}")
+    print(f"{path}: {len(examples)} records, {offset:,} answer positions" + (f", {cut} cut at {context} tokens" if cut else ""))
+    return examples
+
+
+class TargetStates:
+    """The target's last hidden states at all answer positions, computed the first time they are asked for.
+
+    p = softmax(head(state)), so a state of 576 half-precision numbers stands for a distribution over 49,152: after
+    the first pass over the data the target costs only its head. Kept on disk under the cache folder, under a name
+    made from the target's weights and the tokens; a marker a record says what is whole.
+    """
+
+    def __init__(self, target, folder, examples):
+        self.target, self.width = target, target.config.hidden_size
+        with open(next(Path(folder).glob("*.safetensors")), "rb") as weights:
+            key = hashlib.file_digest(weights, "sha256")
+        key.update(json.dumps([(e.tokens, e.first) for e in examples]).encode())
+        path = files.cache_dir("target-states") / key.hexdigest()[:20]
+        total = sum(e.count for e in examples)
+
+        def open_map(suffix, dtype, shape):
+            name, size = f"{path}.{suffix}", math.prod(shape) * np.dtype(dtype).itemsize
+            whole = Path(name).is_file() and Path(name).stat().st_size == size
+            return np.memmap(name, dtype=dtype, mode="r+" if whole else "w+", shape=shape), whole
+
+        self.states, whole = open_map("states", np.float16, (total, self.width))
+        self.done, _ = open_map("done", np.uint8, (examples[-1].offset + 1,))
+        if not whole:
+            self.done[:] = 0
+        print(f"target states: {self.states.nbytes / 1e6:.0f} MB in the cache, {int(self.done.sum())} of {len(examples)} records there")
+
+    def read(self, batch, tokens, where):
+        """States (N, D) at the positions `where` (B, T) of these examples."""
+        device = tokens.device
+        if not all(self.done[e.offset] for e in batch):
+            with torch.no_grad():
+                states = self.target.hidden(tokens)[where].half().cpu().numpy()
+            at = 0
+            for e in batch:
+                self.states[e.offset:e.offset + e.count] = states[at:at + e.count]
+                at += e.count
+                self.states.flush()
+                self.done[e.offset] = 1
+        stored = np.concatenate([self.states[e.offset:e.offset + e.count] for e in batch])
+        return torch.from_numpy(stored).to(device, self.target.embed_tokens.weight.dtype)
+
+
+def collate(batch, device):
+    """Examples -> tokens (B, T), padded on the right (causal attention never looks there), and where (B, T), True at
+    the positions whose next token is the target's."""
+    width = max(len(e.tokens) for e in batch)
+    tokens = torch.tensor([e.tokens + [0] * (width - len(e.tokens)) for e in batch], device=device)
+    column = torch.arange(width, device=device)
+    first, end = (torch.tensor(x, device=device)[:, None] - 1 for x in zip(*((e.first, len(e.tokens)) for e in batch)))
+    return tokens, (column >= first) & (column < end)
+
+
+def batches_of_epoch(examples, batch_size, seed, epoch):
+    """A shuffled epoch of batches, each of examples of like length: little padding, and still random."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(len(examples), generator=generator).tolist()
+    batches = []
+    for at in range(0, len(order), 16 * batch_size):
+        window = sorted(order[at:at + 16 * batch_size], key=lambda i: len(examples[i].tokens))
+        batches += [window[i:i + batch_size] for i in range(0, len(window), batch_size)]
+    return [[examples[i] for i in batches[j]] for j in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def distillation_backward(draft, target, states, batch, loss_function, scale, chunk, device):
+    """Add the gradient of scale * mean loss over the batch's answer positions to the drafter; returns (loss, alpha).
+
+    Logits are made for the answer's positions only, and for `chunk` of them at a time: the head's backward runs chunk
+    by chunk into the hidden states, then goes through the layers once (train.next_token_loss_backward says why that
+    is exact). alpha: mean sum min(p, q), the acceptance rate before this step.
+    """
+    tokens, where = collate(batch, device)
+    target_states = states.read(batch, tokens, where)                                   # (N, D of the target)
+    hidden = draft.hidden(tokens)[where]                                                # (N, D of the drafter)
+    total, alpha, gradients, count = 0.0, 0.0, [], len(hidden)
+    for rows, target_rows in zip(hidden.detach().split(chunk), target_states.split(chunk)):
+        rows = rows.detach().requires_grad_()
+        draft_logits = draft.head(rows)                                                 # (n, V)
+        with torch.no_grad():
+            target_logits = target.head(target_rows)
+            alpha += losses.overlap(draft_logits, target_logits).sum().item() / count
+        loss = loss_function(draft_logits, target_logits).sum() / count
+        (scale * loss).backward()
+        gradients.append(rows.grad)
+        total += loss.item()
+    hidden.backward(torch.cat(gradients))
+    return total, alpha
+
+
+@torch.no_grad()
+def acceptance(draft, target, states, examples, chunk, device):
+    """Analytic acceptance rate E[sum min(p, q)] over the answers' positions, at temperature 1 and without top-p."""
+    total, count = 0.0, 0
+    for at in range(0, len(examples), 8):
+        batch = examples[at:at + 8]
+        tokens, where = collate(batch, device)
+        rows = zip(draft.hidden(tokens)[where].split(chunk), states.read(batch, tokens, where).split(chunk))
+        for draft_rows, target_rows in rows:
+            total += losses.overlap(draft.head(draft_rows), target.head(target_rows)).sum().item()
+            count += len(draft_rows)
+    return total / count
+
+
+def finetune(args):
+    """Train the drafter on the target's own distributions at the positions of the target's own answers."""
+    for name in ("steps", "batch_size", "learning_rate", "eval_every", "save_every", "chunk", "eval_records"):
+        if not getattr(args, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected a number above 0")
+    if not 0 <= args.pretrain_fraction < 1:
+        raise ValueError(f"--pretrain-fraction is {args.pretrain_fraction}; expected at least 0 and below 1")
+    if args.loss not in losses.LOSSES:
+        raise ValueError(f"--loss {args.loss} is none of {', '.join(losses.LOSSES)}")
+    if args.dtype == "float16":
+        raise ValueError("--dtype float16 loses small gradients without loss scaling; train in float32 or bfloat16")
+    if not args.resume and (args.out / "config.json").is_file():
+        raise ValueError(f"--out {args.out} already holds a model: add --resume to go on with it, or give another folder")
+    device, dtype = model.set_up(args)
+    tok, draft_tok = tokenizer.load(args.target), tokenizer.load(args.draft)
+    if tok.fingerprint != draft_tok.fingerprint:
+        raise ValueError(f"{args.draft} has another tokenizer than {args.target} ({draft_tok.vocab_size} and {tok.vocab_size} tokens, "
+                         f"not the same ones): a drafter must share its target's tokenizer")
+    target = model.load(args.target, device).requires_grad_(False)
+    draft = model.load(args.draft, device)                # fp32 weights even where --dtype is bfloat16: see train.py
+    if draft.config.vocab_size != target.config.vocab_size:
+        raise ValueError(f"draft vocabulary {draft.config.vocab_size} does not match target vocabulary "
+                         f"{target.config.vocab_size}: a drafter must share its target's tokenizer")
+    examples = read_examples(args.data, tok, args.context)
+    states = TargetStates(target, args.target, examples)
+    if len(examples) <= args.eval_records:
+        raise ValueError(f"{args.data} has {len(examples)} usable records; more than --eval-records {args.eval_records} are needed")
+    # Held out for the curve: spread over the file, so that every temperature has its share.
+    held_out = examples[::math.ceil(len(examples) / args.eval_records)]
+    offsets = {e.offset for e in held_out}
+    training = [e for e in examples if e.offset not in offsets]
+    pretraining = None
+    if args.pretrain_fraction and args.pretrain_data:
+        pretraining, _ = train.read_data(args.pretrain_data, tok, args.pretrain_context)
+    elif args.pretrain_fraction:
+        print("no --pretrain-data: training on the target's answers alone")
+    share = args.pretrain_fraction if pretraining is not None else 0.0
+    # The paper mixes 9 : 1. With the default batch of 9 that is one pretraining window a step, weighted 0.1.
+    windows = max(1, round(args.batch_size * share / (1 - share))) if share else 0
+    optimiser = train.make_optimiser(draft, args.learning_rate, args.weight_decay)
+    generator = torch.Generator().manual_seed(args.seed)
+    settings = {name: getattr(args, name) for name in ("loss", "steps", "batch_size", "learning_rate", "warm_up", "weight_decay",
+                "context", "chunk", "seed", "dtype", "pretrain_context", "eval_records")} | {
+                "share": share, "records": f"{len(examples)} records, {examples[-1].offset} positions", **dataclasses.asdict(draft.config)}
+    step, seconds, out = 0, 0.0, args.out
+    if args.resume and (out / "training.pt").is_file():
+        state = train.read_checkpoint(out, settings)
+        draft.load_state_dict(state["weights"])
+        optimiser.load_state_dict(state["optimiser"])
+        generator.set_state(state["generator"])
+        step, seconds = state["step"], state["seconds"]
+        print(f"resuming {out} at step {step}")
+    train.copy_tokenizer(args.draft, out)
+    train.keep_log_until(out / "log.jsonl", step)
+    loss_function = losses.LOSSES[args.loss]
+    per_epoch = math.ceil(len(training) / args.batch_size)
+    print(f"drafter {args.draft}: {draft.parameter_count() / 1e6:.2f} M parameters, {args.loss}; {len(training)} records for training, "
+          f"{len(held_out)} held out; {args.steps} steps of {args.batch_size} are {args.steps / per_epoch:.1f} epochs; "
+          f"pretraining share {share}")
+    began, begin_step, printed, positions = time.monotonic() - seconds, step, 0.0, 0
+    loss = alpha = held_alpha = math.nan
+    epoch, batches = -1, []
+    with open(out / "log.jsonl", "a", encoding="utf-8") as log:
+        while True:
+            # `step` updates are done. The order of batches follows from the seed and the step alone, so that a
+            # resumed run sees exactly what an unbroken one would have seen.
+            rate = train.learning_rate_at(step, args.steps, args.learning_rate, args.learning_rate / 10, args.warm_up)
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            row = {"step": step, "loss": None, "lr": rate}
+            due = step == args.steps or step % args.save_every == 0
+            if due or step % args.eval_every == 0:
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    row["held_out_alpha"] = held_alpha = acceptance(draft, target, states, held_out, args.chunk, device)
+                train.require_finite(held_alpha, step, out)
+            if due and step > 0:
+                train.save_checkpoint(out, draft, {"optimiser": optimiser.state_dict(), "generator": generator.get_state(), "step": step,
+                                                   "seconds": time.monotonic() - began, "settings": settings})
+            if step < args.steps:
+                if step // per_epoch != epoch:
+                    epoch = step // per_epoch
+                    batches = batches_of_epoch(training, args.batch_size, args.seed, epoch)
+                batch = batches[step % per_epoch]
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    loss, alpha = distillation_backward(draft, target, states, batch, loss_function, 1 - share, args.chunk, device)
+                    if windows:
+                        text = train.sample_batch(pretraining, windows, args.pretrain_context, generator).to(device)
+                        row["pretrain_loss"] = train.next_token_loss_backward(draft, text, share).item()
+                norm = torch.nn.utils.clip_grad_norm_(draft.parameters(), args.clip)
+                train.require_finite(loss + norm.item(), step, out)
+                optimiser.step()
+                optimiser.zero_grad()
+                positions += sum(e.count for e in batch)
+                row |= {"loss": loss, "alpha": alpha}
+            row["seconds"] = round(time.monotonic() - began, 3)
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+            if "held_out_alpha" in row or time.monotonic() - printed > 10:
+                printed, done = time.monotonic(), step - begin_step
+                took = row["seconds"] - seconds
+                left = f"{positions / took:,.0f} positions/s  {files.duration((args.steps - step) * took / done)} left" if done else ""
+                print(f"step {step}/{args.steps}  loss {loss:.4f}  alpha {alpha:.3f}  held out: alpha {held_alpha:.4f}, implying tau "
+                      f"{losses.implied_tau(held_alpha, 3):.2f} at gamma 3  lr {rate:.1e}  {left}", flush=True)
+            if step == args.steps:
+                break
+            step += 1
+    print(f"wrote {out}: held-out acceptance rate {held_alpha:.4f} at temperature 1 (implied tau: gamma 3 "
+          f"{losses.implied_tau(held_alpha, 3):.2f}, gamma 5 {losses.implied_tau(held_alpha, 5):.2f}; independence assumed)")
+    print(f"next: python speculate.py --target {args.target} --draft {out} --bench data/prompts/dev.jsonl --gamma 3")
+
+
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
 def main():
@@ -198,6 +460,31 @@ def main():
     sub.add_argument("--instruction-temperature", type=float, default=0.8)
     sub.add_argument("--max-instruction-tokens", type=int, default=160, help="longer instructions are dropped (default 160)")
     sub.add_argument("--resume", action="store_true", help="go on with an existing --out: only missing records are made")
+    model.machine_flags(sub)
+
+    sub = commands.add_parser("finetune", help="align the drafter with the target")
+    sub.set_defaults(function=finetune)
+    sub.add_argument("--target", type=Path, required=True, help="the chat model's folder")
+    sub.add_argument("--draft", type=Path, required=True, help="the drafter to start from, of the same tokenizer")
+    sub.add_argument("--data", type=Path, required=True, help="records of distill.py generate")
+    sub.add_argument("--out", type=Path, required=True, help="folder of the aligned drafter")
+    sub.add_argument("--loss", default="tvd++", help=f"one of {', '.join(losses.LOSSES)} (default tvd++)")
+    sub.add_argument("--steps", type=int, default=600, help="optimiser steps (default 600)")
+    sub.add_argument("--batch-size", type=int, default=9, help="records a step (default 9)")
+    sub.add_argument("--learning-rate", type=float, default=1e-3, help="its peak; a cosine takes it to a tenth (default 1e-3)")
+    sub.add_argument("--warm-up", type=int, default=30, help="steps of rising learning rate (default 30)")
+    sub.add_argument("--weight-decay", type=float, default=0.1)
+    sub.add_argument("--clip", type=float, default=1.0, help="largest global norm of the gradient (default 1)")
+    sub.add_argument("--context", type=int, default=512, help="tokens of prompt and answer at most (default 512)")
+    sub.add_argument("--chunk", type=int, default=4096,
+                     help="positions whose logits live at once: memory, and the batch that tvd++ normalises over (default 4096)")
+    sub.add_argument("--pretrain-data", type=Path, metavar="D", help="token files of data/pretrain_text.py, mixed in")
+    sub.add_argument("--pretrain-fraction", type=float, default=0.1, help="weight and share of rows of that text (default 0.1, the paper's)")
+    sub.add_argument("--pretrain-context", type=int, default=256)
+    sub.add_argument("--eval-records", type=int, default=32, help="records held out for the acceptance rate (default 32)")
+    sub.add_argument("--eval-every", type=int, default=50, help="steps between evaluations (default 50)")
+    sub.add_argument("--save-every", type=int, default=100, help="steps between checkpoints (default 100)")
+    sub.add_argument("--resume", action="store_true", help="go on exactly from the checkpoint in --out")
     model.machine_flags(sub)
 
     args = parser.parse_args()

@@ -1,0 +1,91 @@
+"""Three splits that must not touch: is a held-out prompt, or a near copy of one, in the training data?
+
+    python data/splits.py                                                    dev prompts against test prompts
+    python data/splits.py --train out/records.jsonl                          training records against both
+    python data/splits.py --train out/records.jsonl --drop out/clean.jsonl   writes the records without the offenders
+
+A near copy: equal after normalising (case, punctuation, spaces), or a shared run of 8 words in the instruction, or of
+13 words in the answer. Results on prompts that the drafter saw in training would flatter it.
+"""
+
+import argparse
+import sys
+import unicodedata
+from pathlib import Path
+
+if not __package__:  # run as a script: sys.path[0] is data/, the root is one up
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from data import files
+
+INSTRUCTION_WORDS, ANSWER_WORDS = 8, 13
+
+
+def normalise(text):
+    """The words of a text as a tuple: compatibility forms and case folded, letters and digits only."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    return tuple("".join(c if c.isalnum() else " " for c in text).split())
+
+
+def runs(words, length):
+    """Every run of `length` words, as a set of tuples."""
+    return {words[i:i + length] for i in range(len(words) - length + 1)}
+
+
+def texts(row):
+    """(instructions, answer) of a prompt or a record: the user's turns, normalised, and the response's words."""
+    messages = row.get("messages") or [{"role": "user", "content": row.get("prompt", "")}]
+    return [normalise(m["content"]) for m in messages if m["role"] == "user"], normalise(row.get("response", ""))
+
+
+def overlaps(training, held_out):
+    """[(training index, held-out index, kind, words)] of all near copies; rows are prompts or records (dicts).
+
+    kind: "equal", "instruction" (8 words shared) or "answer" (13 words shared by a training answer and a held-out
+    prompt or answer).
+    """
+    equal, instruction, answer = {}, {}, {}
+    for index, row in enumerate(held_out):
+        instructions, response = texts(row)
+        for words in instructions:
+            equal.setdefault(words, index)
+            instruction.update(dict.fromkeys(runs(words, INSTRUCTION_WORDS), index))
+        for words in (*instructions, response):
+            answer.update(dict.fromkeys(runs(words, ANSWER_WORDS), index))
+    findings = []
+    for index, row in enumerate(training):
+        instructions, response = texts(row)
+        found = [(equal[words], "equal", words) for words in instructions if words in equal]
+        found += [(instruction[run], "instruction", run) for words in instructions for run in runs(words, INSTRUCTION_WORDS)
+                  if run in instruction]
+        found += [(answer[run], "answer", run) for run in runs(response, ANSWER_WORDS) if run in answer]
+        if found:
+            where, kind, words = min(found, key=lambda f: (f[1] != "equal", f))     # one finding a row, always the same one
+            findings.append((index, where, kind, " ".join(words)))
+    return findings
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", type=Path, nargs="+", default=[Path("data/prompts/dev.jsonl")], help="prompts or records (default: dev)")
+    parser.add_argument("--held-out", type=Path, nargs="+", help="prompts (default: test, and dev where --train is not dev)")
+    parser.add_argument("--drop", type=Path, metavar="OUT", help="write the training rows without the offenders")
+    args = parser.parse_args()
+    standard = [Path("data/prompts/test.jsonl"), Path("data/prompts/dev.jsonl")]
+    held_paths = args.held_out or [path for path in standard if path not in args.train]
+    held_out = [(path, number, row) for path in held_paths for number, row in enumerate(files.read_prompts(path), 1)]
+    training = [row for path in args.train for row in files.read_jsonl(path)]
+    findings = overlaps(training, [row for _, _, row in held_out])
+    for index, where, kind, words in findings:
+        path, number, _ = held_out[where]
+        print(f"training row {index + 1} ~ {path} prompt {number}: {kind}: {words}")
+    print(f"{len(training)} training rows, {len(held_out)} held-out prompts: {len(findings)} near copies")
+    if args.drop:
+        offenders = {index for index, *_ in findings}
+        files.write_jsonl(args.drop, [row for index, row in enumerate(training) if index not in offenders])
+        print(f"wrote {args.drop}: {len(training) - len(offenders)} rows")
+    elif findings:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    files.run(main)

@@ -1,0 +1,258 @@
+"""The decoder equals transformers' LlamaForCausalLM, in every way it is called; its cache forgets; its files travel."""
+
+import itertools
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import model
+from conftest import TARGET, tiny_llama
+
+SHAPES = [dict(heads=4, kv_heads=4, layers=1, tied=True, rope_theta=10000.0),
+          dict(heads=4, kv_heads=2, layers=3, tied=False, rope_theta=100000.0),
+          dict(heads=6, kv_heads=1, layers=2, tied=True, rope_theta=500.0),
+          dict(heads=9, kv_heads=3, layers=4, tied=False, rope_theta=100000.0, head_dim=16)]
+
+
+def random_llama(shape):
+    # A deviation of 0.2: at the usual 0.02 attention is nearly uniform, and a missing rotary would go unseen.
+    return tiny_llama(7, vocab=61, hidden=48 if shape["heads"] != 9 else 72, std=0.2, **shape)
+
+
+def close(ours, theirs):
+    """Within 5e-5 of the largest logit."""
+    return (ours - theirs).abs().max() <= 5e-5 * theirs.abs().max()
+
+
+def reference(folder):
+    transformers = pytest.importorskip("transformers", reason="pip install -r requirements-real.txt")
+    return transformers.LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_equal_transformers_whole_in_chunks_padded_and_after_a_rollback(shape, tmp_path):
+    llama = random_llama(shape)
+    model.save(llama, tmp_path)
+    theirs = reference(tmp_path)
+    tokens = torch.randint(61, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        whole = theirs(tokens).logits
+        assert close(llama(tokens), whole)
+        for chunk in (1, 4, 8):
+            cache = model.KVCache(llama.config, 2, 24)
+            parts = [llama(part, cache) for part in tokens.split(chunk, 1)]
+            assert close(torch.cat(parts, 1), whole)
+        # Rollback: read on with wrong tokens, forget them, read the right ones.
+        cache = model.KVCache(llama.config, 2, 24)
+        llama(tokens[:, :10], cache)
+        llama(torch.flip(tokens[:, 10:17], [1]), cache)
+        cache.length = 10
+        assert close(llama(tokens[:, 10:], cache), whole[:, 10:])
+        # Ragged rows, padded on the left, with transformers told the same by a mask and positions.
+        starts = torch.tensor([0, 9])
+        padded = torch.where(torch.arange(24) < starts[:, None], 5, tokens)
+        mask = (torch.arange(24) >= starts[:, None]).long()
+        ragged = theirs(padded, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits
+        cache = model.KVCache(llama.config, 2, 24)
+        cache.start = starts
+        ours = torch.cat([llama(part, cache) for part in (padded[:, :20], padded[:, 20:21], padded[:, 21:])], 1)
+        assert close(ours[0], ragged[0]) and close(ours[1, 9:], ragged[1, 9:])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_ragged_rows_equal_single_rows(shape):
+    llama = random_llama(shape)
+    generator = torch.Generator().manual_seed(2)
+    rows = [torch.randint(61, (1, n), generator=generator) for n in (5, 11, 8)]
+    cache = model.KVCache(llama.config, 3, 14)
+    cache.start = torch.tensor([11 - row.shape[1] for row in rows])
+    padded = torch.cat([torch.cat((torch.full((1, 11 - row.shape[1]), 60), row), 1) for row in rows])
+    more = torch.randint(61, (3, 3), generator=generator)
+    outputs = [llama(padded, cache)[:, -1:], llama(more[:, :1], cache)]
+    cache.keep(torch.tensor([2, 0]))                       # rows leave the batch, order changes
+    outputs.append(llama(more[[2, 0], 1:], cache))
+    for i, row in enumerate(rows):
+        alone = llama(torch.cat((row, more[i:i + 1]), 1))[0, row.shape[1] - 1:]
+        torch.testing.assert_close(torch.cat((outputs[0][i], outputs[1][i])), alone[:2], rtol=1e-4, atol=1e-5)
+        if i != 1:
+            torch.testing.assert_close(outputs[2][[2, 0].index(i)], alone[2:], rtol=1e-4, atol=1e-5)
+
+
+def test_future_tokens_do_not_change_the_past():
+    llama = random_llama(SHAPES[1])
+    tokens = torch.arange(12)[None]
+    changed = torch.cat((tokens[:, :7], tokens[:, 7:] + 20), 1)
+    torch.testing.assert_close(llama(tokens)[:, :7], llama(changed)[:, :7])
+
+
+def test_a_parameter_changed_in_place_changes_the_output():
+    llama = random_llama(SHAPES[0])
+    before = llama(torch.arange(5)[None])
+    llama.layers[0].mlp.up_proj.weight.mul_(1.5)
+    assert not torch.allclose(before, llama(torch.arange(5)[None]))
+
+
+def test_a_full_cache_is_refused_in_one_sentence():
+    llama = random_llama(SHAPES[0])
+    with pytest.raises(ValueError, match="exceed its 4 columns"):
+        llama(torch.arange(5)[None], model.KVCache(llama.config, 1, 4))
+
+
+# ---- Distributions ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("vocab, scale", [(50, 3.0), (300, 0.1), (6000, 0.05), (6000, 4.0)])
+def test_nucleus_equals_the_full_sort(vocab, scale):
+    """Peaked and flat rows: the 256 largest suffice, 4,096 suffice, or all are needed."""
+    logits = scale * torch.randn(12, vocab, generator=torch.Generator().manual_seed(vocab), dtype=torch.float64)
+    for top_p in (0.1, 0.5, 0.95, 0.999):
+        p = torch.softmax(logits.float() / 0.7, -1)
+        values, order = p.sort(dim=-1, descending=True)
+        values = values * (values.double().cumsum(-1) - values < top_p)
+        expected = torch.zeros_like(p).scatter(-1, order, values)
+        expected /= expected.sum(-1, keepdim=True)
+        ours = model.probabilities(logits.float(), 0.7, top_p)
+        # Sums of thousands of numbers round differently: the token at the very edge may differ, nothing else.
+        assert ((ours > 0) != (expected > 0)).sum(-1).max() <= 1
+        torch.testing.assert_close(ours, expected, rtol=2e-3, atol=1e-6)
+
+
+def test_the_token_that_crosses_top_p_is_kept():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    torch.testing.assert_close(model.probabilities(logits, 1.0, 0.79), torch.tensor([[0.625, 0.375, 0, 0]]))
+    torch.testing.assert_close(model.probabilities(logits, 1.0, 0.81), torch.tensor([[0.5, 0.3, 0.15, 0]]) / 0.95)
+    torch.testing.assert_close(model.probabilities(logits, 1.0, 1.0), torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
+
+
+def test_temperature_per_row_and_zero_is_one_hot():
+    logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
+    p = model.probabilities(logits, torch.tensor([0.0, 0.5, 2.0]), 0.9)
+    assert p[0].tolist() == torch.nn.functional.one_hot(logits[0].argmax(), 40).tolist()
+    torch.testing.assert_close(p[1:2], model.probabilities(logits[1:2], 0.5, 0.9))
+    torch.testing.assert_close(p[2:3], model.probabilities(logits[2:3], 2.0, 0.9))
+
+
+def test_sample_follows_p_and_never_draws_what_has_no_probability():
+    p = torch.tensor([[0.0, 0.2, 0.0, 0.5, 0.3, 0.0]]).expand(20000, -1)
+    counts = model.sample(p, torch.Generator().manual_seed(3)).bincount(minlength=6) / 20000
+    assert counts[[0, 2, 5]].sum() == 0
+    assert (counts - p[0]).abs().max() < 4 * (0.25 / 20000) ** 0.5
+
+
+# ---- Files -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tied", [True, False])
+def test_save_and_load_return_the_same_weights(dtype, tied, tmp_path):
+    llama = tiny_llama(3, vocab=30, tied=tied, layers=2).to(dtype)
+    model.save(llama, tmp_path)
+    again = model.load(tmp_path)
+    assert again.config == llama.config and again.norm.weight.dtype == torch.float32
+    assert all(torch.equal(a.float(), b) for a, b in itertools.zip_longest(llama.parameters(), again.parameters()))
+
+
+def test_sharded_files_and_either_place_of_theta_are_read(tmp_path):
+    llama = tiny_llama(3, vocab=30, layers=2, rope_theta=777.0)
+    model.save(llama, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    names = sorted(tensors)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for shard, its in shards.items():
+        save_file({name: tensors[name] for name in its}, tmp_path / shard)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {name: shard for shard, its in shards.items() for name in its}}))
+    config = json.loads((tmp_path / "config.json").read_text())
+    for keys in ({"rope_theta": 777.0}, {"rope_parameters": {"rope_type": "default", "rope_theta": 777.0}}):
+        rest = {k: v for k, v in config.items() if k not in ("rope_theta", "rope_parameters")}
+        (tmp_path / "config.json").write_text(json.dumps(rest | keys))
+        again = model.load(tmp_path)
+        assert again.config.rope_theta == 777.0
+        assert all(torch.equal(a, b) for a, b in zip(llama.parameters(), again.parameters()))
+
+
+def test_damaged_folders_are_refused_in_one_sentence(tmp_path):
+    llama = tiny_llama(3, vocab=30)
+    model.save(llama, tmp_path / "good")
+
+    def spoiled(name):
+        shutil.copytree(tmp_path / "good", tmp_path / name)
+        return tmp_path / name
+
+    with pytest.raises(ValueError, match="config.json: no such file"):
+        model.load(tmp_path / "nowhere")
+    cut = spoiled("cut") / "model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="damaged or cut short"):
+        model.load(cut.parent)
+    (spoiled("missing") / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="incomplete"):
+        model.load(tmp_path / "missing")
+    for name, keys, message in [("shape", {"hidden_size": 16}, "do not match config.json"),
+                                ("scaled", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "rotary scaling"),
+                                ("kind", {"model_type": "gpt2"}, "model_type")]:
+        path = spoiled(name) / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+        with pytest.raises(ValueError, match=message):
+            model.load(path.parent)
+
+
+# ---- The real chat model ---------------------------------------------------------------------------------------------
+
+PROSE = ("The water cycle describes how water moves around the Earth. The sun heats the water in rivers, lakes and oceans, and "
+         "some of it turns into vapor and rises into the air. This process is called evaporation. As the vapor rises, it cools "
+         "and forms tiny drops of water, which come together to make clouds. This is called condensation. When the drops become "
+         "too heavy, they fall back to the ground as rain or snow. The water then flows into rivers and streams, and the cycle "
+         "begins again.")
+
+
+def prose_loss(llama, tokens):
+    return torch.nn.functional.cross_entropy(llama(tokens)[0, :-1], tokens[0, 1:]).item()
+
+
+@pytest.mark.real
+def test_the_chat_model_gives_transformers_logits_and_greedy_text():
+    transformers = pytest.importorskip("transformers")
+    theirs, llama = reference(TARGET), model.load(TARGET).requires_grad_(False)
+    hf_tokenizer = transformers.AutoTokenizer.from_pretrained(TARGET)
+    from data import tokenizer
+    tok = tokenizer.load(TARGET)
+    tokens = torch.tensor([tok.encode(PROSE)])
+    with torch.inference_mode():
+        expected = theirs(tokens).logits
+        assert close(llama(tokens), expected)
+        messages = [{"role": "user", "content": "What is the capital of France?"}]
+        prompt = torch.tensor([tok.chat_prompt(messages)])
+        text = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=24, do_sample=False)[0, prompt.shape[1]:]
+        import speculate
+        made = speculate.autoregressive_generate(llama, prompt, 24, 0.0, 1.0, tok.eos_ids)
+    assert made.tokens == text.tolist()
+    assert "Paris" in tok.decode(made.tokens) and "Paris" in hf_tokenizer.decode(text)
+
+
+@pytest.mark.real
+def test_plain_english_scores_below_two_nats_and_above_three_without_the_rotary_permutation():
+    from data import smollm2, tokenizer
+    llama, tokens = model.load(TARGET).requires_grad_(False), torch.tensor([tokenizer.load(TARGET).encode(PROSE)])
+    with torch.inference_mode():
+        assert prose_loss(llama, tokens) < 2
+        for block in llama.layers:
+            for projection, heads in ((block.self_attn.q_proj, 9), (block.self_attn.k_proj, 3)):
+                permuted = torch.from_numpy(smollm2.undo_rotary_permutation(projection.weight.numpy(), heads).copy())
+                assert not torch.equal(permuted, projection.weight)
+                projection.weight.copy_(permuted)      # undone twice is as wrong as not undone
+        assert prose_loss(llama, tokens) > 3
+
+
+@pytest.mark.real
+def test_weights_equal_transformers_own_gguf_loader():
+    transformers = pytest.importorskip("transformers")
+    from data import smollm2
+    gguf = smollm2.fetch_gguf()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).state_dict()
+    ours = load_file(TARGET / "model.safetensors")
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[name].float(), rtol=0, atol=1e-6, msg=name)
