@@ -1,5 +1,6 @@
 """What all tests share: the import path, tiny models, and the marker for tests that need the real chat model."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -62,3 +63,24 @@ def assert_refused(process, *words):
     assert len(lines) == 1, process.stderr
     for word in words:
         assert str(word) in lines[0], lines[0]
+
+
+TEMPLATE = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{{ ' ' + m['content'] }}{{ '<|end|>' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_folder(tmp_path_factory):
+    """A SentencePiece tokenizer with byte fallback and chat markers as control symbols, trained in a second."""
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    lines = ["the quick brown fox jumps over the lazy dog", "small models draft and large models check", "we count to ten",
+             "hello there and what is the answer now", "grüße aus köln"] * 20
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=str(folder / "tokenizer"), vocab_size=400, model_type="bpe", byte_fallback=True,
+        control_symbols=["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"], hard_vocab_limit=False, minloglevel=2, pad_id=3)
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+        {"bos_token": "<s>", "eos_token": "<|end|>", "unk_token": "<unk>", "pad_token": "<pad>", "chat_template": TEMPLATE,
+         "model_max_length": 512}))
+    return folder

@@ -13,25 +13,6 @@ TEXTS = ["Plain prose, with punctuation; and a second sentence!", "def f(x):\n\t
 CHATS = [[{"role": "user", "content": "Hello there"}],
          [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "  What is 12 + 30?\n"}],
          [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!\n"}, {"role": "user", "content": "\nAnd now? 😀"}]]
-TEMPLATE = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{{ ' ' + m['content'] }}{{ '<|end|>' }}{% endfor %}"
-            "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
-
-
-@pytest.fixture(scope="session")
-def sentencepiece_folder(tmp_path_factory):
-    """A SentencePiece tokenizer with byte fallback and chat markers as control symbols, trained in a second."""
-    import sentencepiece
-
-    folder = tmp_path_factory.mktemp("sentencepiece")
-    lines = ["the quick brown fox jumps over the lazy dog", "small models draft and large models check", "we count to ten",
-             "hello there and what is the answer now", "grüße aus köln"] * 20
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_prefix=str(folder / "tokenizer"), vocab_size=400, model_type="bpe", byte_fallback=True,
-        control_symbols=["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"], hard_vocab_limit=False, minloglevel=2, pad_id=3)
-    (folder / "tokenizer_config.json").write_text(json.dumps(
-        {"bos_token": "<s>", "eos_token": "<|end|>", "unk_token": "<unk>", "pad_token": "<pad>", "chat_template": TEMPLATE,
-         "model_max_length": 512}))
-    return folder
 
 
 @pytest.fixture(params=["sentencepiece", pytest.param("real", marks=pytest.mark.real)])
