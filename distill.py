@@ -232,10 +232,11 @@ class TargetStates:
     made from the target's weights and the tokens; a marker a record says what is whole.
     """
 
-    def __init__(self, target, folder, examples):
+    def __init__(self, target, folder, examples, dtype):
         self.target, self.width = target, target.config.hidden_size
         with open(next(Path(folder).glob("*.safetensors")), "rb") as weights:
             key = hashlib.file_digest(weights, "sha256")
+        key.update(str(dtype).encode())                  # with bfloat16 the states carry its rounding
         key.update(json.dumps([(e.tokens, e.first) for e in examples]).encode())
         path = files.cache_dir("target-states") / key.hexdigest()[:20]
         total = sum(e.count for e in examples)
@@ -351,7 +352,7 @@ def finetune(args):
         raise ValueError(f"draft vocabulary {draft.config.vocab_size} does not match target vocabulary "
                          f"{target.config.vocab_size}: a drafter must share its target's tokenizer")
     examples = read_examples(args.data, tok, args.context)
-    states = TargetStates(target, args.target, examples)
+    states = TargetStates(target, args.target, examples, dtype)
     if len(examples) <= args.eval_records:
         raise ValueError(f"{args.data} has {len(examples)} usable records; more than --eval-records {args.eval_records} are needed")
     # Held out for the curve: spread over the file, so that every temperature has its share.
@@ -399,8 +400,7 @@ def finetune(args):
             row = {"step": step, "loss": None, "lr": rate}
             due = step == args.steps or step % args.save_every == 0
             if due or step % args.eval_every == 0:
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    row["held_out_alpha"] = held_alpha = acceptance(draft, target, states, held_out, args.chunk, device)
+                row["held_out_alpha"] = held_alpha = acceptance(draft, target, states, held_out, args.chunk, device)
                 train.require_finite(held_alpha, step, out)
             if due and step > 0:
                 train.save_checkpoint(out, draft, {"optimiser": optimiser.state_dict(), "generator": generator.get_state(), "step": step,

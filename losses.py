@@ -21,6 +21,7 @@ All functions here return (N,) in fp32; the caller takes the mean. Gradients rea
 """
 
 import torch
+import torch.nn.functional as F
 
 
 def draft_log_q(draft_logits):
@@ -54,8 +55,9 @@ def kld(draft_logits, target_logits):
     The drafter must cover all that the target might say. Where q is 0 and p is not it would be infinite; log q is
     floored at -100 there, which leaves those tokens out of the gradient.
     """
-    p, log_q = target_p(target_logits), draft_log_q(draft_logits).clamp(min=-100)
-    return (torch.xlogy(p, p) - p * log_q).sum(-1)
+    log_q = draft_log_q(draft_logits).clamp(min=-100)
+    log_p = torch.log_softmax(target_logits.detach().float(), dim=-1).clamp(min=-100)
+    return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)    # p (log p - log q), in one pass
 
 
 def rkld(draft_logits, target_logits):

@@ -15,8 +15,10 @@ Source of the architecture: Llama 2 (Touvron et al., 2023, arXiv 2307.09288), se
 rotary positions (arXiv 2104.09864), grouped-query attention (arXiv 2305.13245), SwiGLU (arXiv 2002.05202).
 """
 
+import ctypes
 import json
 import os
+import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -380,6 +382,12 @@ def machine_flags(parser):
 
 def set_up(args):
     """Seed torch, set the threads, print what was resolved; returns (device, dtype)."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        # glibc hands each freed tensor of some MB back to the kernel, which gives the next one as empty pages, one
+        # fault for every 4 KB. Logits are hundreds of MB, made and freed many times a step: keeping the memory made
+        # a fine-tuning step on two cores 3 times faster. The numbers are M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD.
+        for option, value in ((-4, 0), (-1, 2 ** 31 - 1), (-2, 2 ** 28)):
+            ctypes.CDLL(None).mallopt(option, value)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)

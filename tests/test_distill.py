@@ -1,0 +1,268 @@
+"""Generation: ragged rows, whole records, exact resume. Fine-tuning: the right positions, the exact gradient, resume."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import distill
+import losses
+import model
+import speculate
+from conftest import assert_refused, run_script, tiny_llama
+from data import files, tokenizer
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, sentencepiece_folder):
+    """A random target and two random drafters on disk, and a prompts file."""
+    root = tmp_path_factory.mktemp("distill")
+    vocab = tokenizer.load(sentencepiece_folder).vocab_size
+    for name, seed, layers in (("target", 1, 2), ("draft", 2, 1)):
+        model.save(tiny_llama(seed, vocab=vocab, layers=layers, hidden=16, context=256, std=0.25), root / name)
+        for file in ("tokenizer.model", "tokenizer_config.json"):
+            shutil.copy(sentencepiece_folder / file, root / name / file)
+    files.write_jsonl(root / "prompts.jsonl", [{"task": "ab"[i % 2], "prompt": "count " + "on and " * (i % 5) + f"to {i}"} for i in range(24)])
+    return root
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANODRAFT_CACHE", str(tmp_path / "cache"))
+
+
+def call(monkeypatch, *arguments):
+    """distill.py with these arguments, in this process; bad input is a ValueError."""
+    monkeypatch.setattr(sys, "argv", ["distill.py", *map(str, arguments), "--device", "cpu", "--threads", "1"])
+    distill.main()
+
+
+def generate(monkeypatch, folders, out, *more):
+    call(monkeypatch, "generate", "--target", folders / "target", "--prompts", folders / "prompts.jsonl", "--out", out,
+         "--max-new-tokens", 12, "--batch-size", 7, *more)
+
+
+# ---- generate --------------------------------------------------------------------------------------------------------
+
+def test_a_ragged_batch_gives_each_row_what_it_would_get_alone(folders):
+    target = model.load(folders / "target").requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(4, target.config.vocab_size, (n,), generator=generator).tolist() for n in (3, 14, 8, 1, 9, 5, 2, 11)]
+    alone = [speculate.autoregressive_generate(target, torch.tensor([p]), 20, 0.0, 1.0).tokens for p in prompts]
+    stops = {alone[0][4], alone[3][9], alone[5][2]}      # some rows end early, so rows leave the batch at different times
+    found = {row: (ids, ended) for row, ids, ended in distill.generate_wave(target, prompts, [0.0] * 8, 0.95, 20, stops, generator)}
+    for row, tokens in enumerate(alone):
+        cut = next((i for i, token in enumerate(tokens) if token in stops), None)
+        assert found[row] == (tokens[:cut] if cut is not None else tokens, cut is not None)
+    assert len({len(ids) for ids, _ in found.values()}) > 3
+
+
+def test_sampled_waves_follow_the_nucleus_distribution_of_their_own_temperature(folders):
+    target = model.load(folders / "target").requires_grad_(False)
+    prompt = [5, 9, 30]
+    logits = target(torch.tensor([prompt]))[:, -1]
+    for temperature in (0.5, 1.0):
+        p = model.probabilities(logits, temperature, 0.8)[0]
+        generator = torch.Generator().manual_seed(1)
+        wave = distill.generate_wave(target, [prompt, prompt[:2]] * 2000, [temperature, 0.0] * 2000, 0.8, 1, set(), generator)
+        drawn = torch.tensor([ids[0] for row, ids, _ in wave if row % 2 == 0]).bincount(minlength=len(p)) / 2000
+        assert drawn[p == 0].sum() == 0 and (drawn - p).abs().max() < 0.05
+
+
+def test_records_are_whole_and_temperatures_are_dealt_in_turn(folders, tmp_path, monkeypatch):
+    generate(monkeypatch, folders, tmp_path / "out.jsonl", "--per-prompt", 2)
+    rows = sorted(files.read_jsonl(tmp_path / "out.jsonl"), key=lambda row: row["id"])
+    assert len(rows) == 48 and len({row["id"] for row in rows}) == 48
+    assert [row["temperature"] for row in rows] == [0, 0.3, 0.7, 1.0] * 12
+    tok = tokenizer.load(folders / "target")
+    for row in rows:
+        assert set(row) == {"id", "task", "messages", "response", "response_ids", "temperature", "ended"}
+        assert row["response"] == tok.decode(row["response_ids"]) and tok.eos_id not in row["response_ids"]
+        assert len(row["response_ids"]) == 12 or row["ended"]
+
+
+def test_resume_yields_exactly_the_missing_records_and_touches_none_of_the_others(folders, tmp_path, monkeypatch):
+    out = tmp_path / "out.jsonl"
+    generate(monkeypatch, folders, out)
+    lines = out.read_bytes().splitlines(keepends=True)
+    out.write_bytes(b"".join(lines[:9]) + lines[9][:40])         # killed in the middle of a line
+    with pytest.raises(ValueError, match="give --resume"):
+        generate(monkeypatch, folders, out)
+    generate(monkeypatch, folders, out, "--resume")
+    again = out.read_bytes().splitlines(keepends=True)
+    assert again[:9] == lines[:9]
+    assert sorted(json.loads(line)["id"] for line in again) == sorted(json.loads(line)["id"] for line in lines)
+    files.write_jsonl(tmp_path / "other.jsonl", [{"task": "a", "prompt": "another prompt"}])
+    with pytest.raises(ValueError, match="answers another prompt"):
+        call(monkeypatch, "generate", "--target", folders / "target", "--prompts", tmp_path / "other.jsonl", "--out", out, "--resume",
+             "--max-new-tokens", 12)
+
+
+def test_the_target_writes_its_own_instructions(folders, tmp_path, monkeypatch):
+    out = tmp_path / "self.jsonl"
+    arguments = ("generate", "--target", folders / "target", "--max-new-tokens", 6, "--batch-size", 32, "--instruction-temperature", 1.5,
+                 "--out", out, "--self-instruct")
+    call(monkeypatch, *arguments, 10)
+    rows = files.read_jsonl(out)
+    instructions = [row["messages"][0]["content"] for row in rows]
+    assert len(rows) == len(set(instructions)) == 10 and all(len(text.split()) >= 3 for text in instructions)
+    call(monkeypatch, *arguments, 15, "--resume")                # asked for more: the first ten stay
+    assert [row["messages"] for row in files.read_jsonl(out)[:10]] == [row["messages"] for row in rows]
+    assert len(files.read_jsonl(out)) == 15
+
+
+def test_documents_start_from_nothing(folders, tmp_path, monkeypatch):
+    call(monkeypatch, "generate", "--target", folders / "target", "--documents", 3, "--temperatures", 1, "--max-new-tokens", 9,
+         "--out", tmp_path / "documents.jsonl")
+    assert [row["messages"] for row in files.read_jsonl(tmp_path / "documents.jsonl")] == [[]] * 3
+
+
+# ---- finetune --------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def records(folders, tmp_path_factory):
+    out = tmp_path_factory.mktemp("records") / "records.jsonl"
+    with pytest.MonkeyPatch.context() as patch:
+        generate(patch, folders, out, "--per-prompt", 3)
+    return out
+
+
+def finetune(monkeypatch, folders, records, out, *more):
+    call(monkeypatch, "finetune", "--target", folders / "target", "--draft", folders / "draft", "--data", records, "--out", out,
+         "--batch-size", 8, "--warm-up", 2, "--eval-records", 8, "--pretrain-fraction", 0, *more)
+
+
+def log_of(out):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in files.read_jsonl(out / "log.jsonl")]
+
+
+def test_the_end_token_is_trained_only_where_the_answer_ended_by_itself(folders, tmp_path):
+    tok = tokenizer.load(folders / "target")
+    messages = [{"role": "user", "content": "hello"}]
+    rows = [{"id": i, "messages": messages, "response_ids": ids, "ended": ended}
+            for i, (ids, ended) in enumerate([([20, 21, 22], True), ([20, 21, 22], False), ([], True), ([], False), (list(range(10, 90)), True)])]
+    files.write_jsonl(tmp_path / "records.jsonl", rows)
+    prompt = tok.chat_prompt(messages)
+    examples = distill.read_examples(tmp_path / "records.jsonl", tok, context=len(prompt) + 10)
+    answers = [e.tokens[e.first:] for e in examples]
+    assert answers == [[20, 21, 22, tok.eos_id], [20, 21, 22], [tok.eos_id], list(range(10, 20))]     # an empty cut-off one is out
+    assert [e.offset for e in examples] == [0, 4, 7, 8]
+    tokens, where = distill.collate(examples, "cpu")
+    following = tokens.roll(-1, 1)
+    assert [following[i][where[i]].tolist() for i in range(4)] == answers
+
+
+@pytest.mark.parametrize("name", ["kld", "tvd", "tvd++"])
+def test_the_chunked_backward_equals_whole_logits(folders, records, name, monkeypatch):
+    tok = tokenizer.load(folders / "target")
+    target, draft = model.load(folders / "target").requires_grad_(False), model.load(folders / "draft")
+    examples = distill.read_examples(records, tok, 512)
+    states = distill.TargetStates(target, folders / "target", examples, torch.float32)
+    batch = examples[3:8]
+    chunk = 4096 if name == "tvd++" else 5                        # tvd++ normalises over a chunk, so it needs one
+    value, alpha = distill.distillation_backward(draft, target, states, batch, losses.LOSSES[name], 0.7, chunk, "cpu")
+    gradients = [weight.grad.clone() for weight in draft.parameters()]
+    draft.zero_grad()
+    q, p = [], []
+    for e in batch:                                               # one row at a time, whole logits, no padding
+        text = torch.tensor([e.tokens])
+        q.append(draft(text)[0, e.first - 1:-1])
+        p.append(target.head(target.hidden(text)[0, e.first - 1:-1].half().float()))    # states are kept in half precision
+    q, p = torch.cat(q), torch.cat(p)
+    expected = losses.LOSSES[name](q, p).mean()
+    (0.7 * expected).backward()
+    assert value == pytest.approx(expected.item(), rel=1e-3)
+    assert alpha == pytest.approx(torch.minimum(q.softmax(-1), p.softmax(-1)).sum(-1).mean().item(), rel=1e-3)
+    for ours, weight in zip(gradients, draft.parameters()):
+        torch.testing.assert_close(ours, weight.grad, rtol=1e-3, atol=2e-6)
+
+
+def test_target_states_are_computed_once_and_survive_in_the_cache(folders, records, monkeypatch):
+    tok = tokenizer.load(folders / "target")
+    target = model.load(folders / "target").requires_grad_(False)
+    examples = distill.read_examples(records, tok, 512)
+    batch = examples[:4]
+    tokens, where = distill.collate(batch, "cpu")
+    first = distill.TargetStates(target, folders / "target", examples, torch.float32).read(batch, tokens, where)
+    torch.testing.assert_close(first, target.hidden(tokens)[where], rtol=1e-3, atol=1e-3)
+    again = distill.TargetStates(target, folders / "target", examples, torch.float32)
+    monkeypatch.setattr(again, "target", None)                   # would fail if it were run again
+    assert np.array_equal(again.states[:len(first)], first.half().numpy())
+    assert again.done.sum() == 4
+
+
+@pytest.mark.parametrize("name", ["kld", "tvd", "tvd++"])
+def test_finetuning_raises_the_acceptance_rate_on_held_out_answers(folders, records, tmp_path, monkeypatch, name):
+    finetune(monkeypatch, folders, records, tmp_path / "out", "--loss", name, "--steps", 60, "--learning-rate", 0.02)
+    rates = [row["held_out_alpha"] for row in log_of(tmp_path / "out") if "held_out_alpha" in row]
+    assert rates[-1] > rates[0] + 0.05, rates
+    before, after = (model.load(folder) for folder in (folders / "draft", tmp_path / "out"))
+    assert before.config == after.config
+    assert tokenizer.load(tmp_path / "out").fingerprint == tokenizer.load(folders / "target").fingerprint
+
+
+def test_resume_goes_on_exactly(folders, records, tmp_path, monkeypatch):
+    settings = ("--loss", "tvd++", "--steps", 12, "--save-every", 4, "--eval-every", 3)
+    finetune(monkeypatch, folders, records, tmp_path / "whole", *settings)
+
+    def killed(loss, step, out, check=distill.train.require_finite):
+        check(loss, step, out)
+        if step == 6:
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(distill.train, "require_finite", killed)
+        finetune(monkeypatch, folders, records, tmp_path / "broken", *settings)
+    with pytest.raises(ValueError, match="--resume"):
+        finetune(monkeypatch, folders, records, tmp_path / "broken", *settings)
+    finetune(monkeypatch, folders, records, tmp_path / "broken", *settings, "--resume")
+    assert log_of(tmp_path / "broken") == log_of(tmp_path / "whole")
+    one, other = (model.load(tmp_path / name) for name in ("whole", "broken"))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters()))
+    with pytest.raises(ValueError, match="loss was tvd"):
+        finetune(monkeypatch, folders, records, tmp_path / "broken", "--loss", "kld", *settings[2:], "--resume")
+
+
+def test_pretraining_text_is_mixed_in(folders, records, tmp_path, monkeypatch):
+    tok = tokenizer.load(folders / "target")
+    tokens = np.random.default_rng(0).integers(10, 200, 3000).astype("<u2")
+    (tmp_path / "text").mkdir()
+    for name in ("train", "eval"):
+        tokens.tofile(tmp_path / "text" / f"{name}.bin")
+    (tmp_path / "text" / "meta.json").write_text(json.dumps({"tokenizer_fingerprint": tok.fingerprint}))
+    finetune(monkeypatch, folders, records, tmp_path / "out", "--steps", 3, "--pretrain-data", tmp_path / "text", "--pretrain-fraction", 0.3,
+             "--pretrain-context", 32)
+    assert all(row["pretrain_loss"] > 1 for row in log_of(tmp_path / "out")[:3])
+
+
+def test_bad_input_to_finetune_is_one_sentence(folders, records, tmp_path, monkeypatch):
+    def refused(message, *more, data=records, draft="draft"):
+        with pytest.raises(ValueError, match=message) as caught:
+            call(monkeypatch, "finetune", "--target", folders / "target", "--draft", folders / draft, "--data", data, "--out",
+                 tmp_path / "out", "--pretrain-fraction", 0, *more)
+        assert "\n" not in str(caught.value)
+
+    refused("is none of kld", "--loss", "mse")
+    refused("no such file", data=tmp_path / "none.jsonl")
+    (tmp_path / "bad.jsonl").write_text('{"id": "1"}\n{"id": ')
+    refused("line 2: not JSON", data=tmp_path / "bad.jsonl")
+    (tmp_path / "bad.jsonl").write_text('{"id": "1"}\n')
+    refused("record 1: needs messages", data=tmp_path / "bad.jsonl")
+    (tmp_path / "bad.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}], "response_ids": [99999], "ended": true}\n')
+    refused("no token of", data=tmp_path / "bad.jsonl")
+    refused("learning-rate is 0.0", "--learning-rate", 0)
+    refused("training went out of bounds", "--eval-records", 8, "--learning-rate", 1e30, "--steps", 9, "--warm-up", 0)
+    shutil.copytree(folders / "draft", folders / "other")
+    (folders / "other" / "tokenizer.model").unlink()
+    refused("neither tokenizer.json nor tokenizer.model", draft="other")
+
+
+def test_the_script_exits_with_2_and_no_traceback(folders, tmp_path):
+    target = ("--target", folders / "target", "--device", "cpu")
+    (tmp_path / "bad.jsonl").write_text('{"task": "a", "prompt": "  "}\n')
+    assert_refused(run_script("distill.py", "generate", *target, "--prompts", tmp_path / "bad.jsonl", "--out", tmp_path / "o.jsonl"), "prompt 1")
+    (tmp_path / "long.jsonl").write_text(json.dumps({"task": "a", "prompt": "count " * 400}) + "\n")
+    assert_refused(run_script("distill.py", "generate", *target, "--prompts", tmp_path / "long.jsonl", "--out", tmp_path / "o.jsonl"),
+                   "exceeds the model's context of 256")
