@@ -53,10 +53,10 @@ def docstrings(root):
 
 def clean(text):
     """A docstring in reStructuredText -> plain prose and code: markup goes, words stay."""
-    text = re.sub(r"(?m)^\s*\.\. .*$\n?", "", text)                                # directives, targets, comments
-    text = re.sub(r"(?m)^\s*:(?!param|return|rais|arg|type|rtype|yield)[\w-]+:(?:[ \t].*)?$\n?", "", text)   # a directive's options
-    text = re.sub(r"(?m)^\s*([-=~^*#+\"'`])\1{2,}\s*$\n?", "", text)               # underlines of headings
-    text = re.sub(r"(?m)^[\s=+|-]*[=+-]{3,}[\s=+|-]*$\n?", "", text)               # rules of tables
+    text = re.sub(r"(?m)^[ \t]*\.\. .*$\n?", "", text)                                # directives, targets, comments
+    text = re.sub(r"(?m)^[ \t]*:(?!param|return|rais|arg|type|rtype|yield)[\w-]+:(?:[ \t].*)?$\n?", "", text)   # a directive's options
+    text = re.sub(r"(?m)^[ \t]*([-=~^*#+\"'`])\1{2,}[ \t]*$\n?", "", text)               # underlines of headings
+    text = re.sub(r"(?m)^[ \t=+|-]*[=+-]{3,}[ \t=+|-]*$\n?", "", text)               # rules of tables
     text = re.sub(r":[\w:+-]+:`~?([^`<]*?)(?:\s*<[^>]*>)?`", r"\1", text)           # :func:`~a.b` and :ref:`text <target>`
     text = re.sub(r"`([^`<>]+?)\s*<[^>]*>`_+", r"\1", text)                        # `text <link>`_
     text = re.sub(r"``([^`]+)``|`([^`]+)`_*", lambda m: m[1] or m[2], text)        # literals
