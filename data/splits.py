@@ -64,6 +64,21 @@ def overlaps(training, held_out):
     return findings
 
 
+def read(path):
+    """[(path, row number, row)] of a file of prompts or records; ValueError names the row that has no text to compare."""
+    rows = files.read_jsonl(path)
+    for number, row in enumerate(rows, 1):
+        messages = row["messages"] if "messages" in row else [{"role": "user", "content": row.get("prompt")}]
+        whole = isinstance(messages, list) and isinstance(row.get("response", ""), str) and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages)
+        if not whole or not any(m["role"] == "user" for m in messages):  # a row never compared would pass as clean
+            raise ValueError(f'{path}, row {number}: expected a text "prompt" or "messages" with a user\'s turn (and, in a '
+                             f'record, a text "response"); mend or delete that row')
+    if not rows:
+        raise ValueError(f"{path}: no rows in it, so there is nothing to compare")
+    return [(path, number, row) for number, row in enumerate(rows, 1)]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", type=Path, nargs="+", default=[Path("data/prompts/dev.jsonl")], help="prompts or records (default: dev)")
@@ -71,17 +86,18 @@ def main():
     parser.add_argument("--drop", type=Path, metavar="OUT", help="write the training rows without the offenders")
     args = parser.parse_args()
     standard = [Path("data/prompts/test.jsonl"), Path("data/prompts/dev.jsonl")]
-    held_paths = args.held_out or [path for path in standard if path not in args.train]
-    held_out = [(path, number, row) for path in held_paths for number, row in enumerate(files.read_prompts(path), 1)]
-    training = [row for path in args.train for row in files.read_jsonl(path)]
-    findings = overlaps(training, [row for _, _, row in held_out])
+    held_paths = args.held_out or [path for path in standard if path.resolve() not in {p.resolve() for p in args.train}]
+    if not held_paths:
+        raise ValueError("--train names every standard split: give --held-out FILE to compare with")
+    held_out = [entry for path in held_paths for entry in read(path)]
+    training = [entry for path in args.train for entry in read(path)]
+    findings = overlaps([row for _, _, row in training], [row for _, _, row in held_out])
     for index, where, kind, words in findings:
-        path, number, _ = held_out[where]
-        print(f"training row {index + 1} ~ {path} prompt {number}: {kind}: {words}")
+        print("{} row {} ~ {} row {}: {}: {}".format(*training[index][:2], *held_out[where][:2], kind, words))
     print(f"{len(training)} training rows, {len(held_out)} held-out prompts: {len(findings)} near copies")
     if args.drop:
         offenders = {index for index, *_ in findings}
-        files.write_jsonl(args.drop, [row for index, row in enumerate(training) if index not in offenders])
+        files.write_jsonl(args.drop, [row for index, (_, _, row) in enumerate(training) if index not in offenders])
         print(f"wrote {args.drop}: {len(training) - len(offenders)} rows")
     elif findings:
         sys.exit(1)
