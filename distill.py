@@ -185,45 +185,6 @@ def generate(args):
 
 # ---- Stage 3: align the drafter --------------------------------------------------------------------------------------
 
-@dataclasses.dataclass
-class Example:
-    """One record, ready to train on: `tokens`, of which tokens[first:] are the target's answer."""
-
-    tokens: list
-    first: int
-    offset: int       # where this answer's positions begin in TargetStates
-
-    @property
-    def count(self):
-        """Positions whose next token is the target's own: from the last prompt token to the last but one."""
-        return len(self.tokens) - self.first
-
-
-def read_examples(path, tok, context):
-    """Records of `generate` -> Examples of at most `context` tokens. The response's ids are used as they were sampled.
-
-    The end-of-turn token follows only where the answer ended by itself: after an answer that was cut off at the
-    length limit the target would have gone on, and the drafter must not learn to stop there.
-    """
-    examples, offset, cut = [], 0, 0
-    for number, record in enumerate(files.read_jsonl(path), 1):
-        ids, ended = record.get("response_ids"), record.get("ended")
-        if not isinstance(ids, list) or not isinstance(ended, bool) or not isinstance(record.get("messages"), list):
-            raise ValueError(f"{path}, record {number}: needs messages, response_ids and ended, as distill.py generate writes them")
-        if any(not isinstance(i, int) or not 0 <= i < tok.vocab_size for i in ids):
-            raise ValueError(f"{path}, record {number}: response_ids hold what is no token of {tok.folder}: another tokenizer's records?")
-        prompt = tok.chat_prompt(record["messages"]) if record["messages"] else [tok.document_id]
-        tokens = prompt + ids + ([tok.eos_id] if ended else [])
-        cut += len(tokens) > context
-        if len(prompt) < min(len(tokens), context):
-            examples.append(Example(tokens[:context], len(prompt), offset))
-            offset += examples[-1].count
-    if not examples:
-        raise ValueError(f"{path}: no record with an answer that fits into --context {context}")
-    print(f"{path}: {len(examples)} records, {offset:,} answer positions" + (f", {cut} cut at {context} tokens" if cut else ""))
-    return examples
-
-
 class TargetStates:
     """The target's last hidden states at all answer positions, computed the first time they are asked for.
 
@@ -268,27 +229,6 @@ class TargetStates:
         return torch.from_numpy(stored).to(device, self.target.embed_tokens.weight.dtype)
 
 
-def collate(batch, device):
-    """Examples -> tokens (B, T), padded on the right (causal attention never looks there), and where (B, T), True at
-    the positions whose next token is the target's."""
-    width = max(len(e.tokens) for e in batch)
-    tokens = torch.tensor([e.tokens + [0] * (width - len(e.tokens)) for e in batch], device=device)
-    column = torch.arange(width, device=device)
-    first, end = (torch.tensor(x, device=device)[:, None] - 1 for x in zip(*((e.first, len(e.tokens)) for e in batch)))
-    return tokens, (column >= first) & (column < end)
-
-
-def batches_of_epoch(examples, batch_size, seed, epoch):
-    """A shuffled epoch of batches, each of examples of like length: little padding, and still random."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(len(examples), generator=generator).tolist()
-    batches = []
-    for at in range(0, len(order), 16 * batch_size):
-        window = sorted(order[at:at + 16 * batch_size], key=lambda i: len(examples[i].tokens))
-        batches += [window[i:i + batch_size] for i in range(0, len(window), batch_size)]
-    return [[examples[i] for i in batches[j]] for j in torch.randperm(len(batches), generator=generator).tolist()]
-
-
 def distillation_backward(draft, target, states, batch, loss_function, scale, chunk, device):
     """Add the gradient of scale * mean loss over the batch's answer positions to the drafter; returns (loss, alpha).
 
@@ -296,7 +236,7 @@ def distillation_backward(draft, target, states, batch, loss_function, scale, ch
     by chunk into the hidden states, then goes through the layers once (train.next_token_loss_backward says why that
     is exact). alpha: mean sum min(p, q), the acceptance rate before this step.
     """
-    tokens, where = collate(batch, device)
+    tokens, where = train.collate(batch, device)
     target_states = states.read(batch, tokens, where)                                   # (N, D of the target)
     hidden = draft.hidden(tokens)[where]                                                # (N, D of the drafter)
     total, alpha, gradients, count = 0.0, 0.0, [], len(hidden)
@@ -320,7 +260,7 @@ def acceptance(draft, target, states, examples, chunk, device):
     total, count = 0.0, 0
     for at in range(0, len(examples), 8):
         batch = examples[at:at + 8]
-        tokens, where = collate(batch, device)
+        tokens, where = train.collate(batch, device)
         rows = zip(draft.hidden(tokens)[where].split(chunk), states.read(batch, tokens, where).split(chunk))
         for draft_rows, target_rows in rows:
             total += losses.overlap(draft.head(draft_rows), target.head(target_rows)).sum().item()
@@ -335,8 +275,8 @@ def finetune(args):
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected a number above 0")
     if not 0 <= args.pretrain_fraction < 1:
         raise ValueError(f"--pretrain-fraction is {args.pretrain_fraction}; expected at least 0 and below 1")
-    if args.loss not in losses.LOSSES:
-        raise ValueError(f"--loss {args.loss} is none of {', '.join(losses.LOSSES)}")
+    generator = torch.Generator().manual_seed(args.seed)
+    loss_function = losses.choose(args.loss, args.samples, args.baseline, generator)
     if args.dtype == "float16":
         raise ValueError("--dtype float16 loses small gradients without loss scaling; train in float32 or bfloat16")
     if not args.resume and (args.out / "config.json").is_file():
@@ -351,14 +291,9 @@ def finetune(args):
     if draft.config.vocab_size != target.config.vocab_size:
         raise ValueError(f"draft vocabulary {draft.config.vocab_size} does not match target vocabulary "
                          f"{target.config.vocab_size}: a drafter must share its target's tokenizer")
-    examples = read_examples(args.data, tok, args.context)
+    examples = train.read_examples(args.data, tok, args.context)
     states = TargetStates(target, args.target, examples, dtype)
-    if len(examples) <= args.eval_records:
-        raise ValueError(f"{args.data} has {len(examples)} usable records; more than --eval-records {args.eval_records} are needed")
-    # Held out for the curve: spread over the file, so that every temperature has its share.
-    held_out = examples[::math.ceil(len(examples) / args.eval_records)]
-    offsets = {e.offset for e in held_out}
-    training = [e for e in examples if e.offset not in offsets]
+    training, held_out = train.hold_out(examples, args.eval_records)
     pretraining = None
     if args.pretrain_fraction and args.pretrain_data:
         pretraining, _ = train.read_data(args.pretrain_data, tok, args.pretrain_context)
@@ -368,8 +303,7 @@ def finetune(args):
     # The paper mixes 9 : 1. With the default batch of 9 that is one pretraining window a step, weighted 0.1.
     windows = max(1, round(args.batch_size * share / (1 - share))) if share else 0
     optimiser = train.make_optimiser(draft, args.learning_rate, args.weight_decay)
-    generator = torch.Generator().manual_seed(args.seed)
-    settings = {name: getattr(args, name) for name in ("loss", "steps", "batch_size", "learning_rate", "warm_up", "weight_decay",
+    settings = {name: getattr(args, name) for name in ("loss", "samples", "baseline", "steps", "batch_size", "learning_rate", "warm_up", "weight_decay",
                 "context", "chunk", "seed", "dtype", "pretrain_context", "eval_records")} | {
                 "share": share, "records": f"{len(examples)} records, {examples[-1].offset} positions", **dataclasses.asdict(draft.config)}
     step, seconds, out = 0, 0.0, args.out
@@ -382,18 +316,15 @@ def finetune(args):
         print(f"resuming {out} at step {step}")
     train.copy_tokenizer(args.draft, out)
     train.keep_log_until(out / "log.jsonl", step)
-    loss_function = losses.LOSSES[args.loss]
     per_epoch = math.ceil(len(training) / args.batch_size)
     print(f"drafter {args.draft}: {draft.parameter_count() / 1e6:.2f} M parameters, {args.loss}; {len(training)} records for training, "
           f"{len(held_out)} held out; {args.steps} steps of {args.batch_size} are {args.steps / per_epoch:.1f} epochs; "
           f"pretraining share {share}")
     began, begin_step, printed, positions = time.monotonic() - seconds, step, 0.0, 0
     loss = alpha = held_alpha = math.nan
-    epoch, batches = -1, []
     with open(out / "log.jsonl", "a", encoding="utf-8") as log:
         while True:
-            # `step` updates are done. The order of batches follows from the seed and the step alone, so that a
-            # resumed run sees exactly what an unbroken one would have seen.
+            # `step` updates are done.
             rate = train.learning_rate_at(step, args.steps, args.learning_rate, args.learning_rate / 10, args.warm_up)
             for group in optimiser.param_groups:
                 group["lr"] = rate
@@ -406,15 +337,12 @@ def finetune(args):
                 train.save_checkpoint(out, draft, {"optimiser": optimiser.state_dict(), "generator": generator.get_state(), "step": step,
                                                    "seconds": time.monotonic() - began, "settings": settings})
             if step < args.steps:
-                if step // per_epoch != epoch:
-                    epoch = step // per_epoch
-                    batches = batches_of_epoch(training, args.batch_size, args.seed, epoch)
-                batch = batches[step % per_epoch]
+                batch = train.batch_at(training, args.batch_size, args.seed, step)
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     loss, alpha = distillation_backward(draft, target, states, batch, loss_function, 1 - share, args.chunk, device)
                     if windows:
                         text = train.sample_batch(pretraining, windows, args.pretrain_context, generator).to(device)
-                        row["pretrain_loss"] = train.next_token_loss_backward(draft, text, share).item()
+                        row["pretrain_loss"] = train.next_token_loss_backward(draft, text, scale=share).item()
                 norm = torch.nn.utils.clip_grad_norm_(draft.parameters(), args.clip)
                 train.require_finite(loss + norm.item(), step, out)
                 optimiser.step()
@@ -436,6 +364,71 @@ def finetune(args):
     print(f"wrote {out}: held-out acceptance rate {held_alpha:.4f} at temperature 1 (implied tau: gamma 3 "
           f"{losses.implied_tau(held_alpha, 3):.2f}, gamma 5 {losses.implied_tau(held_alpha, 5):.2f}; independence assumed)")
     print(f"next: python speculate.py --target {args.target} --draft {out} --bench data/prompts/dev.jsonl --gamma 3")
+
+
+# ---- Report: what the stages gave, side by side -----------------------------------------------------------------------
+
+DRAFTERS = {"base": "before: pretrained only", "more": "control: next-token loss, as many steps", "aligned": "after: aligned with the target"}
+
+
+def report(args):
+    """Table and picture of a folder with the logs and benchmarks of `make demo`."""
+    rows = {}                                     # (drafter, task, temperature, gamma) -> a row of the benchmark
+    for name in DRAFTERS:
+        for path in sorted(args.dir.glob(f"bench-{name}-*.json")):
+            for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+                if row["task"] != "all":
+                    rows[name, row["task"], row["temperature"], row["gamma"]] = row
+    logs = {name: files.read_jsonl(args.dir / name / "log.jsonl")
+            for name in ("target-base", "target", "drafter-base", "drafter-more", "drafter-aligned")}
+    cases = list(dict.fromkeys(key[1:] for key in rows))
+    if not all(("base", *case) in rows and ("aligned", *case) in rows for case in cases) or not cases:
+        raise ValueError(f"{args.dir}: holds no benchmarks of the same tasks for base and aligned (bench-base-*.json, bench-aligned-*.json): "
+                         f"run make demo, or the benchmarks as README.md shows them")
+    for task, temperature, gamma in cases:
+        print(f"\n{task}; temperature {temperature:g}, gamma {gamma}, {rows['base', task, temperature, gamma]['prompts']} prompts")
+        for name, label in DRAFTERS.items():
+            if row := rows.get((name, task, temperature, gamma)):
+                print(f"  {label:40} tau {row['tau']:.2f}  alpha {row['alpha']:.3f} ({row['alpha_low']:.3f} to {row['alpha_high']:.3f})  "
+                      f"speed-up {row['speedup']:.2f} ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})")
+    draw(args.out, logs, rows, cases)
+    print(f"\nwrote {args.out}")
+    base, aligned = rows["base", *cases[0]], rows["aligned", *cases[0]]
+    if args.check and not aligned["alpha_low"] > base["alpha_high"]:
+        raise ValueError(f"alignment did not raise alpha beyond its interval: {base['alpha']:.3f} (to {base['alpha_high']:.3f}) before, "
+                         f"{aligned['alpha']:.3f} (from {aligned['alpha_low']:.3f}) after")
+
+
+def draw(path, logs, rows, cases):
+    """Three panels: losses of all trainings, the held-out acceptance rate during alignment, block efficiency by task."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (losses_panel, alpha_panel, tau_panel) = pyplot.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    labels = {"target-base": "target, pretraining", "target": "target, chat tuning (loss on answers)",
+              "drafter-base": "drafter, pretraining", "drafter-more": "drafter, control (loss on answers)"}
+    for name, label in labels.items():
+        points = [(row["tokens"] / 1e6, row["eval_loss"]) for row in logs[name] if "eval_loss" in row]
+        losses_panel.plot(*zip(*points), label=label)
+    losses_panel.set(xlabel="million tokens seen in that stage", ylabel="evaluation loss, nats a token", title="Next-token training")
+    losses_panel.set_ylim(top=min(losses_panel.get_ylim()[1], 6.0))
+    losses_panel.legend()
+    points = [(row["step"], row["held_out_alpha"]) for row in logs["drafter-aligned"] if "held_out_alpha" in row]
+    alpha_panel.plot(*zip(*points), marker="o", markersize=3)
+    alpha_panel.set(xlabel="fine-tuning steps", ylabel="E[sum min(p, q)], held-out answers", title="Alignment", ylim=(0, 1))
+    shown = [case for case in cases if case[2] == min(c[2] for c in cases)]      # one gamma: taus of two do not compare
+    present = [name for name in DRAFTERS if any(key[0] == name for key in rows)]
+    for k, name in enumerate(present):
+        heights = [rows[name, *case]["tau"] for case in shown]
+        bars = tau_panel.bar([i + (k - (len(present) - 1) / 2) * 0.27 for i in range(len(shown))], heights, 0.25, label=DRAFTERS[name])
+        tau_panel.bar_label(bars, fmt="%.2f", fontsize=8)
+    tau_panel.axhline(1, color="grey", linewidth=0.8)
+    tau_panel.set_xticks(range(len(shown)), [f"{task}\nT = {temperature:g}" for task, temperature, _ in shown])
+    tau_panel.set(ylabel=f"tau at gamma {shown[0][2]}", title="Block efficiency by task", ylim=(0, shown[0][2] + 1))
+    tau_panel.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
@@ -468,7 +461,9 @@ def main():
     sub.add_argument("--draft", type=Path, required=True, help="the drafter to start from, of the same tokenizer")
     sub.add_argument("--data", type=Path, required=True, help="records of distill.py generate")
     sub.add_argument("--out", type=Path, required=True, help="folder of the aligned drafter")
-    sub.add_argument("--loss", default="tvd++", help=f"one of {', '.join(losses.LOSSES)} (default tvd++)")
+    sub.add_argument("--loss", default="tvd++", help=f"one of {', '.join(losses.LOSSES)}, or your own: FILE.py:FUNCTION (default tvd++)")
+    sub.add_argument("--samples", type=int, default=1, metavar="K", help="sampled losses: tokens drawn a position (default 1)")
+    sub.add_argument("--baseline", help=f"sampled losses: one of {', '.join(losses.BASELINES)} (default: none for tvd-sampled, batch for tvd++-sampled)")
     sub.add_argument("--steps", type=int, default=600, help="optimiser steps (default 600)")
     sub.add_argument("--batch-size", type=int, default=9, help="records a step (default 9)")
     sub.add_argument("--learning-rate", type=float, default=1e-3, help="its peak; a cosine takes it to a tenth (default 1e-3)")
@@ -486,6 +481,12 @@ def main():
     sub.add_argument("--save-every", type=int, default=100, help="steps between checkpoints (default 100)")
     sub.add_argument("--resume", action="store_true", help="go on exactly from the checkpoint in --out")
     model.machine_flags(sub)
+
+    sub = commands.add_parser("report", help="table and picture of what make demo measured")
+    sub.set_defaults(function=report)
+    sub.add_argument("--dir", type=Path, default=Path("out/tiny"), help="folder of the stages (default out/tiny)")
+    sub.add_argument("--out", type=Path, default=Path("out/demo.png"), help="picture to write (default out/demo.png)")
+    sub.add_argument("--check", action="store_true", help="fail unless alignment raised alpha beyond its interval")
 
     args = parser.parse_args()
     args.function(args)

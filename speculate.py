@@ -288,22 +288,24 @@ def report_mismatch(target, prompt, plain, spec, number, gamma):
 
 def summarise(task, gamma, runs, args, size_ratio, seed):
     """One row of figures over these prompts. runs: (plain Generation, its seconds, speculative Generation, its seconds)."""
-    # Columns: plain tokens, plain seconds, speculative tokens, speculative seconds; one row a prompt.
-    cost = np.array([[len(a.tokens), s, len(b.tokens), t] for a, s, b, t in runs])
+    # Columns: plain tokens, plain seconds, speculative tokens, speculative seconds, accepted, drafted; one row a prompt.
+    cost = np.array([[len(a.tokens), s, len(b.tokens), t, b.accepted, b.drafted] for a, s, b, t in runs])
 
     def speedup(total):
         return (total[..., 2] / total[..., 3]) / (total[..., 0] / total[..., 1])
 
     # Bootstrap: draw prompts with replacement, 2,000 times; what other prompts of the same kind would have given.
     picks = np.random.default_rng(seed).integers(len(runs), size=(2000, len(runs)))
-    low, high = np.percentile(speedup(cost[picks].sum(1)), [2.5, 97.5])
-    total = cost.sum(0)
-    calls, accepted, drafted = (sum(getattr(b, name) for _, _, b, _ in runs) for name in ("target_calls", "accepted", "drafted"))
+    total, drawn = cost.sum(0), cost[picks].sum(1)
+    low, high = np.percentile(speedup(drawn), [2.5, 97.5])
+    calls, drafted = sum(b.target_calls for _, _, b, _ in runs), total[5]
     tau = (total[2] - len(runs)) / calls if calls else None
-    alpha = accepted / drafted if drafted else None
+    alpha = total[4] / drafted if drafted else None
+    drawn = drawn[drawn[:, 5] > 0]
+    alpha_low, alpha_high = np.percentile(drawn[:, 4] / drawn[:, 5], [2.5, 97.5]).tolist() if drafted else (None, None)
     greedy = args.temperature == 0
     return {"task": task, "gamma": gamma, "temperature": args.temperature, "top_p": args.top_p, "prompts": len(runs),
-            "new_tokens": int(total[2]), "tau": tau, "alpha": alpha,
+            "new_tokens": int(total[2]), "tau": tau, "alpha": alpha, "alpha_low": alpha_low, "alpha_high": alpha_high,
             "alpha_analytic": sum(b.overlap for _, _, b, _ in runs) / drafted if drafted else None,
             "tau_implied": float(losses.implied_tau(alpha, gamma)) if drafted else None,
             "mbsu": tau / (size_ratio * gamma + 1) if calls else None,

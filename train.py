@@ -7,7 +7,10 @@ A drafter must guess the words of one particular chat model, yet it first has to
 distill.py aligns it with the target. One loop, flat and in full view: schedule, evaluate, checkpoint, accumulate,
 clip, step, log. --data is the folder that `python data/pretrain_text.py` writes, --tokenizer the target's folder;
 --out becomes a model folder that transformers opens, with `training.pt` (all that --resume needs) and `log.jsonl`
-(the curves) beside it.
+(the curves) beside it. With --chat FILE the same loop is chat tuning: instructions and answers, one conversation a row,
+the loss on the answer only. That is how the tiny world's target becomes a chat model:
+
+    python train.py --init out/tiny/target-base --chat out/tiny/chat.jsonl --tokenizer out/tiny/tokenizer --out out/tiny/target
 """
 
 import argparse
@@ -94,12 +97,99 @@ def evaluation_windows(tokens, context, count=EVAL_WINDOWS):
     return torch.from_numpy(np.stack([tokens[o:o + context + 1] for o in offsets]).astype(np.int64))
 
 
+# ---- conversations ----
+
+@dataclasses.dataclass
+class Example:
+    """One conversation, ready to train on: `tokens`, of which tokens[first:] are the answer."""
+
+    tokens: list
+    first: int
+    offset: int       # answer positions before this record's in its file (distill.TargetStates)
+
+    @property
+    def count(self):
+        """Positions whose next token is the answer's: from the last prompt token to the last but one."""
+        return len(self.tokens) - self.first
+
+
+def read_examples(path, tok, context):
+    """Records of `distill.py generate` -> Examples of at most `context` tokens.
+
+    The target's answers are used as they were sampled (response_ids: their text encoded again may differ). The
+    end-of-turn token follows only where the answer ended by itself: after an answer that was cut off at the length
+    limit the target would have gone on, and the drafter must not learn to stop there. Records with a text alone, such
+    as a chat corpus, are encoded here and end.
+    """
+    examples, offset, cut = [], 0, 0
+    for number, record in enumerate(files.read_jsonl(path), 1):
+        ids, ended, messages = record.get("response_ids"), record.get("ended", True), record.get("messages")
+        if ids is None and isinstance(record.get("response"), str):
+            ids = tok.encode(record["response"])
+        if not isinstance(ids, list) or not isinstance(ended, bool) or not isinstance(messages, list):
+            raise ValueError(f"{path}, record {number}: needs messages and response_ids (with ended) or response, as distill.py "
+                             f"generate writes them")
+        if any(not isinstance(i, int) or not 0 <= i < tok.vocab_size for i in ids):
+            raise ValueError(f"{path}, record {number}: response_ids hold what is no token of {tok.folder}: another tokenizer's records?")
+        prompt = tok.chat_prompt(messages) if messages else [tok.document_id]
+        tokens = prompt + ids + ([tok.eos_id] if ended else [])
+        cut += len(tokens) > context
+        if len(prompt) < min(len(tokens), context):
+            examples.append(Example(tokens[:context], len(prompt), offset))
+            offset += examples[-1].count
+    if not examples:
+        raise ValueError(f"{path}: no record with an answer that fits into --context {context}")
+    print(f"{path}: {len(examples)} records, {offset:,} answer positions" + (f", {cut} cut at {context} tokens" if cut else ""))
+    return examples
+
+
+def collate(batch, device):
+    """Examples -> tokens (B, T), padded on the right (causal attention never looks there), and where (B, T), True at
+    the positions whose next token is the answer's."""
+    width = max(len(e.tokens) for e in batch)
+    tokens = torch.tensor([e.tokens + [0] * (width - len(e.tokens)) for e in batch], device=device)
+    column = torch.arange(width, device=device)
+    first, end = (torch.tensor(x, device=device)[:, None] - 1 for x in zip(*((e.first, len(e.tokens)) for e in batch)))
+    return tokens, (column >= first) & (column < end)
+
+
+def batch_at(examples, batch_size, seed, number):
+    """The number-th batch of examples, counted over epochs, each epoch in an order of its own. It follows from seed and
+    number alone, so that a resumed run sees what an unbroken one would have seen. Batches hold examples of like
+    length: little padding, and still random."""
+    epoch, index = divmod(number, math.ceil(len(examples) / batch_size))
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(len(examples), generator=generator).tolist()
+    batches = []
+    for at in range(0, len(order), 16 * batch_size):
+        window = sorted(order[at:at + 16 * batch_size], key=lambda i: len(examples[i].tokens))
+        batches += [window[i:i + batch_size] for i in range(0, len(window), batch_size)]
+    return [examples[i] for i in batches[torch.randperm(len(batches), generator=generator)[index]]]
+
+
+def hold_out(examples, count):
+    """(training, held out): about `count` examples spread over the file, so that every kind of record has its share."""
+    if len(examples) <= count:
+        raise ValueError(f"{len(examples)} usable records; more than the {count} held out for evaluation are needed")
+    every = math.ceil(len(examples) / count)
+    return [e for i, e in enumerate(examples) if i % every], examples[::every]
+
+
 # ---- the loss, without ever holding all logits ----
 
-def next_token_loss_backward(model, tokens, scale=1.0, chunk=CHUNK):
+def states_and_answers(model, tokens, where):
+    """Hidden states (N, D) and the token that follows each (N,), at the positions that count: all, or where (B, T)."""
+    hidden, wanted = model.hidden(tokens[:, :-1]), tokens[:, 1:]
+    if where is None:
+        return hidden.flatten(0, 1), wanted.flatten()
+    return hidden[where[:, :-1]], wanted[where[:, :-1]]
+
+
+def next_token_loss_backward(model, tokens, where=None, scale=1.0, chunk=CHUNK):
     """Add the gradient of scale * loss to the parameters' .grad; return the loss, a detached scalar tensor.
 
-    tokens: (B, T + 1) int64. The loss is the mean cross-entropy in nats of tokens[:, 1:] given what stands before.
+    tokens: (B, T + 1) int64. The loss is the mean cross-entropy in nats of tokens[:, 1:] given what stands before;
+    with `where` (B, T + 1) only of those that follow a True.
 
     Logits are (B, T, V): with SmolLM2's V = 49,152, 8 x 256 positions take 400 MB, and as much again for their
     softmax and for their gradient. But the head treats every position by itself, so the chain rule may be cut at
@@ -107,8 +197,7 @@ def next_token_loss_backward(model, tokens, scale=1.0, chunk=CHUNK):
     let the logits go, and at the end send the whole gradient back through the layers once. The same sums as in one
     piece, so the same gradient; only the order of additions differs.
     """
-    hidden = model.hidden(tokens[:, :-1]).flatten(0, 1)  # (B * T, D)
-    wanted = tokens[:, 1:].flatten()  # (B * T,)
+    hidden, wanted = states_and_answers(model, tokens, where)
     total, gradients = 0.0, []
     for rows, answers in zip(hidden.detach().split(chunk), wanted.split(chunk)):
         rows = rows.detach().requires_grad_()  # a leaf: backward stops here
@@ -120,10 +209,15 @@ def next_token_loss_backward(model, tokens, scale=1.0, chunk=CHUNK):
     return total
 
 
-def evaluate(model, windows):
-    """Mean next-token loss in nats over windows (N, T + 1), a float. One at a time: (T, V) logits are large enough."""
-    with torch.no_grad():
-        return sum(F.cross_entropy(model(w[None, :-1])[0].float(), w[1:]).item() for w in windows) / len(windows)
+@torch.no_grad()
+def evaluate(model, batches):
+    """Mean next-token loss in nats, a float, over (tokens, where) batches, small ones: all logits of one live at once."""
+    total, count = 0.0, 0
+    for tokens, where in batches:
+        hidden, wanted = states_and_answers(model, tokens, where)
+        total += F.cross_entropy(model.head(hidden).float(), wanted, reduction="sum").item()
+        count += len(wanted)
+    return total / count
 
 
 # ---- optimiser and schedule ----
@@ -256,20 +350,22 @@ def require_finite(loss, step, out):
 
 def parse(argv):
     parser = argparse.ArgumentParser(
-        description="Pretrain a model by next-token prediction on the token files of data/pretrain_text.py.",
+        description="Pretrain a model by next-token prediction on token files, or tune it on conversations.",
         epilog="The defaults see 2 M tokens: about 35 minutes on two free cores (1,000 tokens/s), 1 GB of memory.")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--model", choices=PRESETS, default="small-drafter", help="shape (default small-drafter)")
     start.add_argument("--init", metavar="DIR", help="go on from the weights of this model folder, in its shape")
     parser.add_argument("--embed-from", metavar="DIR",
                         help="start the embedding from that of this model (the target), reduced to this width by SVD")
+    parser.add_argument("--chat", metavar="FILE", help="tune on the answers of these conversations (JSON lines of messages and "
+                        "response) instead of on --data")
     for name, default, text in [
             ("--data", "out/pretrain", "folder with train.bin, eval.bin and meta.json"),
             ("--tokenizer", "models/smollm2-135m-instruct", "folder with the tokenizer, usually the target's"),
             ("--out", "out/drafter-base", "model folder to write"),
             ("--steps", 1000, "optimiser steps"),
-            ("--batch-size", 8, "windows in one pass"),
-            ("--context", 256, "tokens in one window"),
+            ("--batch-size", 8, "windows, or conversations, in one pass"),
+            ("--context", 256, "tokens in one window, or of one conversation at most"),
             ("--accumulate", 1, "passes whose gradients make one step"),
             ("--learning-rate", 1e-3, "its peak"),
             ("--weight-decay", 0.1, "AdamW's, on matrices"),
@@ -303,34 +399,40 @@ def main(argv=None):
     device, dtype = set_up(args)
 
     tokenizer = tokenizers.load(args.tokenizer)
-    train, held_out = read_data(args.data, tokenizer, args.context)
-    windows = evaluation_windows(held_out, args.context).to(device)
+    if args.chat:
+        train, held_out = hold_out(read_examples(args.chat, tokenizer, args.context), EVAL_WINDOWS)
+        evaluation = [collate(held_out[i:i + 8], device) for i in range(0, len(held_out), 8)]
+        size, checksum = sum(e.count for e in train), zlib.crc32(json.dumps([e.tokens for e in train]).encode())
+    else:
+        train, held_out = read_data(args.data, tokenizer, args.context)
+        evaluation = [(window[None].to(device), None) for window in evaluation_windows(held_out, args.context)]
+        size, checksum = len(train), zlib.crc32(train)
     model = build(args, tokenizer).to(device)
     optimiser = make_optimiser(model, args.learning_rate, args.weight_decay, args.beta2)
     generator = torch.Generator().manual_seed(args.seed)  # all the randomness there is from here on
 
     # All that decides the result must be the same on --resume; where files lie and how often to look decides nothing.
     settings = {name: value for name, value in vars(args).items() if name not in (
-        "data", "tokenizer", "out", "resume", "eval_every", "save_every", "device", "threads")}
+        "data", "chat", "tokenizer", "out", "resume", "eval_every", "save_every", "device", "threads")}
     settings |= {**dataclasses.asdict(model.config), "tokenizer": tokenizer.fingerprint,
-                 "train.bin": f"{len(train)} tokens, checksum {zlib.crc32(train):08x}"}
-    step, seconds = 0, 0.0
+                 "train.bin": f"{size} tokens, checksum {checksum:08x}"}
+    step, seconds, seen = 0, 0.0, 0
     if args.resume and (out / "training.pt").is_file():
         state = read_checkpoint(out, settings)
         model.load_state_dict(state["weights"])
         optimiser.load_state_dict(state["optimiser"])
         generator.set_state(state["generator"])
-        step, seconds = state["step"], state["seconds"]
+        step, seconds, seen = state["step"], state["seconds"], state["seen"]
         print(f"resuming {out} at step {step}")
     elif args.resume:
         print(f"{out / 'training.pt'}: no such file, nothing to resume: starting at step 0")
     copy_tokenizer(args.tokenizer, out)
     keep_log_until(out / "log.jsonl", step)
 
-    batch_tokens = args.batch_size * args.context * args.accumulate
-    print(f"{args.init or args.model}: {model.parameter_count() / 1e6:.2f} M parameters; {len(train):,} training tokens, "
-          f"{args.steps} steps of {batch_tokens:,}: {args.steps * batch_tokens / len(train):.2f} times over them")
-    began, printed, begin_step = time.monotonic() - seconds, 0.0, step
+    each = args.batch_size * args.accumulate * (size / len(train) if args.chat else args.context)
+    print(f"{args.init or args.model}: {model.parameter_count() / 1e6:.2f} M parameters; {size:,} training tokens, "
+          f"{args.steps} steps of {each:,.0f}: {args.steps * each / size:.2f} times over them")
+    began, printed, begin_step, begin_seen = time.monotonic() - seconds, 0.0, step, seen
     loss = eval_loss = math.nan
     with open(out / "log.jsonl", "a", encoding="utf-8") as log:
         while True:
@@ -338,25 +440,30 @@ def main(argv=None):
             learning_rate = learning_rate_at(step, args.steps, args.learning_rate, args.min_learning_rate, args.warm_up)
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate
-            row = {"step": step, "loss": None, "lr": learning_rate, "tokens": step * batch_tokens}
+            row = {"step": step, "loss": None, "lr": learning_rate, "tokens": seen}
 
             due = step == args.steps or step % args.save_every == 0
             if due or step % args.eval_every == 0:
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    row["eval_loss"] = eval_loss = evaluate(model, windows)
+                    row["eval_loss"] = eval_loss = evaluate(model, evaluation)
                 require_finite(eval_loss, step, out)
             if due and step > 0:
                 save_checkpoint(out, model, {"optimiser": optimiser.state_dict(), "generator": generator.get_state(),
-                                             "step": step, "seconds": time.monotonic() - began, "settings": settings})
+                                             "step": step, "seen": seen, "seconds": time.monotonic() - began,
+                                             "settings": settings})
 
             if step < args.steps:
                 loss = 0.0
-                for _ in range(args.accumulate):
-                    batch = sample_batch(train, args.batch_size, args.context, generator).to(device)
+                for number in range(step * args.accumulate, (step + 1) * args.accumulate):
+                    if args.chat:
+                        tokens, where = collate(batch_at(train, args.batch_size, args.seed, number), device)
+                    else:
+                        tokens, where = sample_batch(train, args.batch_size, args.context, generator).to(device), None
+                    seen += tokens[:, 1:].numel() if where is None else int(where.sum())
                     # bfloat16 for the products, while weights, gradients and Adam's moments stay fp32: an update is
                     # often smaller than the last bit of a bfloat16 weight and would be rounded away.
                     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                        loss += next_token_loss_backward(model, batch, 1 / args.accumulate).item() / args.accumulate
+                        loss += next_token_loss_backward(model, tokens, where, 1 / args.accumulate).item() / args.accumulate
                 norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
                 require_finite(loss + norm.item(), step, out)
                 optimiser.step()
@@ -369,7 +476,7 @@ def main(argv=None):
             if "eval_loss" in row or time.monotonic() - printed > 10:
                 printed = time.monotonic()
                 done, took = step - begin_step, row["seconds"] - seconds
-                rate = (f"{done * batch_tokens / took:,.0f} tokens/s  "
+                rate = (f"{(seen - begin_seen) / took:,.0f} tokens/s  "
                         f"{files.duration((args.steps - step) * took / done)} left") if done else ""
                 print(f"step {step}/{args.steps}  loss {loss:.4f}  eval {eval_loss:.4f}  "
                       f"lr {learning_rate:.2e}  {rate}", flush=True)

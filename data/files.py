@@ -4,6 +4,7 @@ Used by every script: JSON lines, atomic writes, the cache folder, the progress 
 bad input into one sentence and exit code 2. Nothing to run here.
 """
 
+import gzip
 import json
 import os
 import signal
@@ -46,12 +47,15 @@ def atomic(path):
 
 
 def read_jsonl(path):
-    """All rows of a JSON lines file as dicts. ValueError names the file and the line that is not a JSON object."""
+    """All rows of a JSON lines file, or of one compressed to .gz, as dicts.
+
+    ValueError names the file and the line that is not a JSON object.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give the path of a JSON lines file")
     rows = []
-    with open(path, encoding="utf-8", errors="replace") as lines:
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -66,9 +70,10 @@ def read_jsonl(path):
 
 
 def write_jsonl(path, rows):
-    """Write rows as JSON lines, all or nothing."""
-    with atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    """Write rows as JSON lines, compressed where the name ends in .gz, all or nothing. Same rows, same bytes."""
+    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8")
+    with atomic(path) as temporary:
+        temporary.write_bytes(gzip.compress(content, mtime=0) if Path(path).suffix == ".gz" else content)
 
 
 def trim_partial_line(path):

@@ -12,6 +12,7 @@ import distill
 import losses
 import model
 import speculate
+import train
 from conftest import assert_refused, run_script, tiny_llama
 from data import files, tokenizer
 
@@ -146,11 +147,11 @@ def test_the_end_token_is_trained_only_where_the_answer_ended_by_itself(folders,
             for i, (ids, ended) in enumerate([([20, 21, 22], True), ([20, 21, 22], False), ([], True), ([], False), (list(range(10, 90)), True)])]
     files.write_jsonl(tmp_path / "records.jsonl", rows)
     prompt = tok.chat_prompt(messages)
-    examples = distill.read_examples(tmp_path / "records.jsonl", tok, context=len(prompt) + 10)
+    examples = train.read_examples(tmp_path / "records.jsonl", tok, context=len(prompt) + 10)
     answers = [e.tokens[e.first:] for e in examples]
     assert answers == [[20, 21, 22, tok.eos_id], [20, 21, 22], [tok.eos_id], list(range(10, 20))]     # an empty cut-off one is out
     assert [e.offset for e in examples] == [0, 4, 7, 8]
-    tokens, where = distill.collate(examples, "cpu")
+    tokens, where = train.collate(examples, "cpu")
     following = tokens.roll(-1, 1)
     assert [following[i][where[i]].tolist() for i in range(4)] == answers
 
@@ -159,7 +160,7 @@ def test_the_end_token_is_trained_only_where_the_answer_ended_by_itself(folders,
 def test_the_chunked_backward_equals_whole_logits(folders, records, name, monkeypatch):
     tok = tokenizer.load(folders / "target")
     target, draft = model.load(folders / "target").requires_grad_(False), model.load(folders / "draft")
-    examples = distill.read_examples(records, tok, 512)
+    examples = train.read_examples(records, tok, 512)
     states = distill.TargetStates(target, folders / "target", examples, torch.float32)
     batch = examples[3:8]
     chunk = 4096 if name == "tvd++" else 5                        # tvd++ normalises over a chunk, so it needs one
@@ -183,9 +184,9 @@ def test_the_chunked_backward_equals_whole_logits(folders, records, name, monkey
 def test_target_states_are_computed_once_and_survive_in_the_cache(folders, records, monkeypatch):
     tok = tokenizer.load(folders / "target")
     target = model.load(folders / "target").requires_grad_(False)
-    examples = distill.read_examples(records, tok, 512)
+    examples = train.read_examples(records, tok, 512)
     batch = examples[:4]
-    tokens, where = distill.collate(batch, "cpu")
+    tokens, where = train.collate(batch, "cpu")
     first = distill.TargetStates(target, folders / "target", examples, torch.float32).read(batch, tokens, where)
     torch.testing.assert_close(first, target.hidden(tokens)[where], rtol=1e-3, atol=1e-3)
     again = distill.TargetStates(target, folders / "target", examples, torch.float32)

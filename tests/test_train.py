@@ -99,12 +99,12 @@ def test_chunked_loss_and_gradient_equal_cross_entropy_in_one_piece(tied, chunk)
     model.zero_grad()
     rows_at_once, head = [], model.head
     model.head = lambda hidden: rows_at_once.append(len(hidden)) or head(hidden)
-    loss = train.next_token_loss_backward(model, tokens, 0.25, chunk)
+    loss = train.next_token_loss_backward(model, tokens, scale=0.25, chunk=chunk)
     assert not loss.requires_grad and loss.item() == pytest.approx(whole.item(), rel=1e-6)
     for weight, gradient in zip(model.parameters(), expected):
         torch.testing.assert_close(weight.grad, gradient, rtol=1e-4, atol=1e-6)
     assert max(rows_at_once) <= chunk and sum(rows_at_once) == 27  # no more logits than a chunk's live at once
-    assert train.evaluate(model, tokens) == pytest.approx(whole.item(), rel=1e-6)
+    assert train.evaluate(model, [(row[None], None) for row in tokens]) == pytest.approx(whole.item(), rel=1e-6)
 
 
 def test_gradients_of_several_passes_add_up():
@@ -115,7 +115,7 @@ def test_gradients_of_several_passes_add_up():
     expected = model.embed_tokens.weight.grad.clone()
     model.zero_grad()
     for half in tokens.split(2):
-        train.next_token_loss_backward(model, half, 0.5)
+        train.next_token_loss_backward(model, half, scale=0.5)
     torch.testing.assert_close(model.embed_tokens.weight.grad, expected, rtol=1e-4, atol=1e-7)
 
 
@@ -412,3 +412,69 @@ def test_a_trained_folder_opens_in_transformers(run, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(load(tmp_path / "out")(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
     assert theirs.generation_config.eos_token_id == theirs.config.eos_token_id == tokenizer.eos_token_id
+
+
+# ---- chat tuning ----
+
+@pytest.fixture(scope="module")
+def chat_folder(tmp_path_factory, sentencepiece_folder):
+    """Conversations whose answer is the question's word twice, with a tokenizer that has chat markers."""
+    path = tmp_path_factory.mktemp("chat") / "chat.jsonl"
+    words = "quick brown fox jumps lazy dog small models draft large check count ten hello there answer now".split()
+    files.write_jsonl(path, [{"messages": [{"role": "user", "content": f"{word} {other}"}], "response": f"{word} {word}"}
+                             for word in words for other in words])
+    return path
+
+
+def tune(chat, tokenizer_folder, out, *flags):
+    train.main(["--model", "tiny-drafter", "--chat", str(chat), "--tokenizer", str(tokenizer_folder), "--out", str(out), *SMALL, *flags])
+    return files.read_jsonl(out / "log.jsonl")
+
+
+def test_chat_tuning_counts_the_loss_of_the_answer_alone(chat_folder, sentencepiece_folder, tmp_path):
+    tok = tokenizers.load(sentencepiece_folder)
+    examples = train.read_examples(chat_folder, tok, 64)[:5]
+    tokens, where = train.collate(examples, "cpu")
+    torch.manual_seed(0)
+    model = Llama(Config(vocab_size=tok.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2))
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    alone = []                                    # each conversation by itself, its answer and the end token cut out by hand
+    for example in examples:
+        logits = model(torch.tensor([example.tokens]))[0, example.first - 1:-1]
+        answer = tok.encode(tok.decode(example.tokens[example.first:-1])) + [tok.eos_id]
+        assert answer == example.tokens[example.first:]
+        alone.append(F.cross_entropy(logits, torch.tensor(answer), reduction="none"))
+    expected = torch.cat(alone).mean()
+    gradient = torch.autograd.grad(expected, model.embed_tokens.weight)[0]
+    assert train.next_token_loss_backward(model, tokens, where, chunk=3).item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(model.embed_tokens.weight.grad, gradient, rtol=1e-4, atol=1e-6)
+    halves = [train.collate(examples[:2], "cpu"), train.collate(examples[2:], "cpu")]
+    assert train.evaluate(model, halves) == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_chat_tuning_learns_to_answer_and_resumes_exactly(chat_folder, sentencepiece_folder, tmp_path, monkeypatch):
+    rows = tune(chat_folder, sentencepiece_folder, tmp_path / "whole", "--steps", "80", "--learning-rate", "0.01", "--eval-every", "100",
+                "--batch-size", "16")
+    assert rows[-1]["eval_loss"] < 0.6 * rows[0]["eval_loss"]
+    flags = ("--save-every", "4")
+    unbroken = tune(chat_folder, sentencepiece_folder, tmp_path / "unbroken", *flags)
+
+    def killed(loss, step, out, check=train.require_finite):
+        check(loss, step, out)
+        if step == 6:
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "require_finite", killed)
+        tune(chat_folder, sentencepiece_folder, tmp_path / "broken", *flags)
+    assert without_time(tune(chat_folder, sentencepiece_folder, tmp_path / "broken", *flags, "--resume")) == without_time(unbroken)
+
+
+def test_every_conversation_comes_once_an_epoch(chat_folder, sentencepiece_folder):
+    examples = train.read_examples(chat_folder, tokenizers.load(sentencepiece_folder), 64)[:100]
+    per_epoch = math.ceil(100 / 7)
+    epochs = [[e.offset for number in range(k * per_epoch, (k + 1) * per_epoch) for e in train.batch_at(examples, 7, 0, number)] for k in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(e.offset for e in examples) and epochs[0] != epochs[1]
+    training, held_out = train.hold_out(examples, 9)
+    assert not {e.offset for e in training} & {e.offset for e in held_out} and len(training) + len(held_out) == 100
+    assert 8 <= len(held_out) <= 9
