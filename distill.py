@@ -10,10 +10,13 @@ have to guess (Goel et al., 2024, arXiv 2403.00858, section 3).
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import math
+import re
 import time
 from pathlib import Path
 
@@ -22,6 +25,7 @@ import torch
 
 import losses
 import model
+import speculate
 import train
 from data import files, tokenizer
 
@@ -366,6 +370,120 @@ def finetune(args):
     print(f"next: python speculate.py --target {args.target} --draft {out} --bench data/prompts/dev.jsonl --gamma 3")
 
 
+# ---- Compare: which loss is better? ------------------------------------------------------------------------------------
+
+# Student's t at 97.5 % for 1, 2, ... degrees of freedom: three seeds say little, and the interval must say so.
+STUDENT = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]
+
+
+def mean_and_interval(values):
+    """Mean and the half width of its 95 % interval (nan for one value), as floats."""
+    n = len(values)
+    half = STUDENT[min(n - 1, len(STUDENT)) - 1] * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+    return float(np.mean(values)), half
+
+
+def compare(args):
+    """Train one drafter with each loss: same start, same batches in the same order, same steps; then measure them alike.
+
+    A loss's learning rate is chosen from --learning-rates on the development prompts with the first seed, since losses
+    differ in scale; results are on test prompts, over all seeds. Everything trained is kept and in the JSON.
+    """
+    out, parser = args.out, make_parser()
+    out.mkdir(parents=True, exist_ok=True)
+    machine = ["--device", args.device, "--threads", str(args.threads)]
+    for name in args.losses:
+        losses.choose(name, args.samples if name.endswith("-sampled") else 1, args.baseline if name.endswith("-sampled") else None)
+
+    def quietly(*flags):
+        """distill.py with these flags, in this process, its printing kept in a log."""
+        options = parser.parse_args([*map(str, flags), *machine])
+        with open(out / "output.log", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+            options.function(options)
+
+    device, _ = model.set_up(args)
+    tok, target = tokenizer.load(args.target), model.load(args.target, device).requires_grad_(False)
+    sets = {}                                     # (split, task) -> examples and their target states
+    for split in ("dev", "test"):
+        path = out / f"{split}-answers.jsonl"     # the target's answers, on which alpha is computed exactly
+        quietly("generate", "--target", args.target, "--prompts", getattr(args, split), "--max-new-tokens", 64, "--out", path, "--resume")
+        rows = sorted(files.read_jsonl(path), key=lambda row: row["id"])
+        for task in dict.fromkeys(row["task"] for row in rows):
+            files.write_jsonl(out / "part.jsonl", [row for row in rows if row["task"] == task])
+            with contextlib.redirect_stdout(io.StringIO()):
+                examples = train.read_examples(out / "part.jsonl", tok, 512)
+                sets[split, task] = examples, TargetStates(target, args.target, examples, torch.float32)
+    tasks = [task for split, task in sets if split == "test"]
+    tune_on = sets["dev", tasks[0]]               # the first task: what is kept out of training is kept out of tuning, too
+
+    def trained(name, rate, seed):
+        """The drafter trained so, and its log; a run that is there already is only read."""
+        folder = out / re.sub(r"[^\w+-]", "_", f"{name}-{rate:g}-{seed}")
+        sampled = ["--samples", args.samples, *(["--baseline", args.baseline] if args.baseline else [])] if name.endswith("-sampled") else []
+        quietly("finetune", "--target", args.target, "--draft", args.draft, "--data", args.data, "--pretrain-data", args.pretrain_data,
+                "--pretrain-fraction", args.pretrain_fraction, "--loss", name, *sampled, "--learning-rate", rate, "--steps", args.steps,
+                "--batch-size", args.batch_size, "--eval-every", max(1, args.steps // 12), "--seed", seed, "--out", folder, "--resume")
+        return model.load(folder, device), files.read_jsonl(folder / "log.jsonl")
+
+    def measure(draft):
+        """Analytic alpha at temperature 1 and greedy tau at each gamma, by task."""
+        row = {}
+        for task in tasks:
+            row[f"alpha, {task}"] = acceptance(draft, target, sets["test", task][1], sets["test", task][0], 4096, device)
+            chosen = [p for p in files.read_prompts(args.test) if p["task"] == task][:args.prompts]
+            for gamma in args.gamma:
+                made = [speculate.speculative_generate(target, draft, torch.tensor([tok.chat_prompt(p["messages"])], device=device),
+                                                       64, gamma, 0.0, 1.0, tok.eos_ids) for p in chosen]
+                row[f"tau {gamma}, {task}"] = sum(len(m.tokens) - 1 for m in made) / max(1, sum(m.target_calls for m in made))
+        return row
+
+    runs, curves, best = [], {}, {}
+    before = measure(model.load(args.draft, device))
+    print("before:  " + "  ".join(f"{key} {value:.3f}" for key, value in before.items()), flush=True)
+    for name in args.losses:
+        for rate in args.learning_rates:
+            draft, log = trained(name, rate, 0)
+            alpha = acceptance(draft, target, tune_on[1], tune_on[0], 4096, device)
+            runs.append({"loss": name, "learning_rate": rate, "seed": 0, "dev_alpha": alpha})
+            print(f"{name}: learning rate {rate:g}, development alpha {alpha:.4f}", flush=True)
+        best[name] = max((run for run in runs if run["loss"] == name), key=lambda run: run["dev_alpha"])["learning_rate"]
+        for seed in range(args.seeds):
+            draft, log = trained(name, best[name], seed)
+            runs.append({"loss": name, "learning_rate": best[name], "seed": seed, **measure(draft)})
+            curves.setdefault(name, []).append([(row["step"], row["held_out_alpha"]) for row in log if "held_out_alpha" in row])
+            with files.atomic(out / "compare.json") as temporary:
+                temporary.write_text(json.dumps({"settings": {k: str(v) for k, v in vars(args).items() if k != "function"}, "before": before,
+                                                 "runs": runs, "curves": curves}, indent=1) + "\n")
+    print(f"\nmean over {args.seeds} seeds, half width of its 95 % interval; below it the difference from {args.losses[0]}, paired by seed")
+    for name in args.losses:
+        results, reference = ([run for run in runs if run["loss"] == which and "dev_alpha" not in run] for which in (name, args.losses[0]))
+        print(f"{name} (learning rate {best[name]:g})")
+        for key in before:
+            values = [run[key] for run in results]
+            line = "  {:28} {:.4f} ± {:.4f}".format(key, *mean_and_interval(values))
+            if name != args.losses[0]:
+                line += "   difference {:+.4f} ± {:.4f}".format(*mean_and_interval([a - b[key] for a, b in zip(values, reference)]))
+            print(line)
+    draw_curves(out / "compare.png", curves)
+    print(f"wrote {out / 'compare.json'} and {out / 'compare.png'}")
+
+
+def draw_curves(path, curves):
+    """Held-out acceptance rate against steps, one line a loss (mean over seeds), its seeds faintly behind it."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for k, (name, seeds) in enumerate(curves.items()):
+        for points in seeds:
+            axes.plot(*zip(*points), color=f"C{k}", alpha=0.2)
+        axes.plot([step for step, _ in seeds[0]], np.mean([[a for _, a in points] for points in seeds], 0), color=f"C{k}", label=name)
+    axes.set(xlabel="fine-tuning steps", ylabel="E[sum min(p, q)] on held-out answers", title="Which loss is better?")
+    axes.legend()
+    figure.savefig(path, dpi=110)
+
+
 # ---- Report: what the stages gave, side by side -----------------------------------------------------------------------
 
 DRAFTERS = {"base": "before: pretrained only", "more": "control: next-token loss, as many steps", "aligned": "after: aligned with the target"}
@@ -433,7 +551,7 @@ def draw(path, logs, rows, cases):
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
-def main():
+def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -488,7 +606,30 @@ def main():
     sub.add_argument("--out", type=Path, default=Path("out/demo.png"), help="picture to write (default out/demo.png)")
     sub.add_argument("--check", action="store_true", help="fail unless alignment raised alpha beyond its interval")
 
-    args = parser.parse_args()
+    sub = commands.add_parser("compare", help="train one drafter with several losses and measure which is better")
+    sub.set_defaults(function=compare)
+    sub.add_argument("--losses", nargs="+", default=["kld", "tvd", "tvd++", "tvd-sampled", "tvd++-sampled"], metavar="LOSS",
+                     help="names, or FILE.py:FUNCTION (default: kld, and TVD and TVD++ in both forms)")
+    sub.add_argument("--seeds", type=int, default=3, help="runs a loss (default 3)")
+    for name, default, text in (("target", "out/tiny/target", "the target"), ("draft", "out/tiny/drafter-base", "where all start"),
+                                ("data", "out/tiny/records.jsonl", "records to train on"), ("pretrain-data", "out/tiny/pretrain", "mixed in"),
+                                ("dev", "out/tiny/dev.jsonl", "prompts for the learning rate"), ("test", "out/tiny/test.jsonl", "prompts for results"),
+                                ("out", "out/compare", "folder of all runs, compare.json and compare.png")):
+        sub.add_argument(f"--{name}", type=Path, default=Path(default), help=f"{text} (default {default})")
+    sub.add_argument("--steps", type=int, default=200, help="of each training (default 200)")
+    sub.add_argument("--batch-size", type=int, default=32)
+    sub.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="the grid each loss is tuned on")
+    sub.add_argument("--pretrain-fraction", type=float, default=0.1)
+    sub.add_argument("--gamma", type=int, nargs="+", default=[3, 5])
+    sub.add_argument("--prompts", type=int, default=20, help="test prompts a task for tau; alpha takes all (default 20)")
+    sub.add_argument("--samples", type=int, default=1, help="of the sampled losses")
+    sub.add_argument("--baseline", help="of the sampled losses (default: each one's own)")
+    model.machine_flags(sub)
+    return parser
+
+
+def main():
+    args = make_parser().parse_args()
     args.function(args)
 
 

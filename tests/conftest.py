@@ -1,6 +1,9 @@
 """What all tests share: the import path, tiny models, and the marker for tests that need the real chat model."""
 
+import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import model  # noqa: E402  (after the path is set)
+from data import files, tokenizer  # noqa: E402
 
 TARGET = ROOT / "models" / "smollm2-135m-instruct"
 
@@ -83,4 +87,38 @@ def sentencepiece_folder(tmp_path_factory):
     (folder / "tokenizer_config.json").write_text(json.dumps(
         {"bos_token": "<s>", "eos_token": "<|end|>", "unk_token": "<unk>", "pad_token": "<pad>", "chat_template": TEMPLATE,
          "model_max_length": 512}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained_world():
+    """The tiny world in its smallest useful form: a folder with target, drafter-base, records, pretrain, dev and test.
+
+    Trained in some 20 seconds and kept in the cache folder under a name made from all that decides it.
+    """
+    sources = [ROOT / name for name in ("model.py", "train.py", "distill.py", "data/tiny_world.py", "data/tokenizer.py", "tests/conftest.py",
+                                        "data/tiny_world/pairs.jsonl.gz", "data/tiny_world/passages.jsonl.gz")]
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + torch.__version__.encode()).hexdigest()[:16]
+    folder = files.cache_dir("tests") / key
+    if not (folder / "records.jsonl").is_file():
+        work = folder.with_name(f"{key}.{os.getpid()}")
+        train = ("train.py", "--tokenizer", work / "tokenizer", "--context", 96, "--batch-size", 16, "--threads", 1, "--learning-rate", 5e-3)
+
+        def stage(*arguments):
+            done = run_script(*arguments)
+            assert done.returncode == 0, done.stderr
+
+        stage("data/tokenizer.py", "--train", *sources[-2:], "--out", work / "tokenizer")
+        stage("data/tiny_world.py", "prepare", "--tokenizer", work / "tokenizer", "--out", work)
+        tok = tokenizer.load(work / "tokenizer")
+        torch.manual_seed(0)
+        model.save(model.Llama(model.Config(vocab_size=tok.vocab_size, hidden_size=64, intermediate_size=176, num_hidden_layers=3,
+                                            num_attention_heads=2, max_position_embeddings=512, eos_token_id=tok.eos_id)), work / "start")
+        stage(*train, "--init", work / "start", "--chat", work / "chat.jsonl", "--steps", 300, "--out", work / "target")
+        stage(*train, "--model", "tiny-drafter", "--data", work / "pretrain", "--steps", 200, "--out", work / "drafter-base")
+        (work / "prompts.jsonl").write_text("".join((work / "prompts.jsonl").read_text().splitlines(keepends=True)[::4]))
+        stage("distill.py", "generate", "--target", work / "target", "--prompts", work / "prompts.jsonl", "--max-new-tokens", 48,
+              "--threads", 1, "--out", work / "records.jsonl")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(work, folder)
     return folder

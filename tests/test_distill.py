@@ -267,3 +267,74 @@ def test_the_script_exits_with_2_and_no_traceback(folders, tmp_path):
     (tmp_path / "long.jsonl").write_text(json.dumps({"task": "a", "prompt": "count " * 400}) + "\n")
     assert_refused(run_script("distill.py", "generate", *target, "--prompts", tmp_path / "long.jsonl", "--out", tmp_path / "o.jsonl"),
                    "exceeds the model's context of 256")
+
+
+# ---- report and compare, in the tiny world ---------------------------------------------------------------------------
+
+def in_world(world, *names):
+    return [part for name in names for part in (f"--{name}", world / {"draft": "drafter-base", "pretrain-data": "pretrain", "data": "records.jsonl",
+                                                                      "dev": "dev.jsonl", "test": "test.jsonl"}.get(name, name))]
+
+
+@pytest.fixture(scope="module")
+def compared(trained_world, tmp_path_factory):
+    """Two losses, one seed, and a student's file, compared; returns (folder, standard output)."""
+    folder = tmp_path_factory.mktemp("compare")
+    (folder / "my_loss.py").write_text("import torch\n\n\ndef hellinger(draft_logits, target_logits):\n"
+                                       "    q, p = torch.softmax(draft_logits.float(), -1), torch.softmax(target_logits.detach().float(), -1)\n"
+                                       "    return 1 - (p * q + 1e-20).sqrt().sum(-1)\n")
+    arguments = ("distill.py", "compare", *in_world(trained_world, "target", "draft", "data", "pretrain-data", "dev", "test"),
+                 "--losses", "kld", "tvd++-sampled", f"{folder / 'my_loss.py'}:hellinger", "--seeds", 1, "--steps", 24, "--learning-rates", 3e-3, 1e-2,
+                 "--prompts", 2, "--gamma", 3, "--samples", 2, "--baseline", "leave-one-out", "--threads", 1, "--device", "cpu", "--out", folder / "out")
+    done = run_script(*arguments)
+    assert done.returncode == 0, done.stderr
+    return folder / "out", done.stdout, arguments
+
+
+def test_compare_tunes_each_loss_and_keeps_every_run(compared):
+    folder, said, _ = compared
+    result = json.loads((folder / "compare.json").read_text())
+    tuned = [run for run in result["runs"] if "dev_alpha" in run]
+    final = [run for run in result["runs"] if "dev_alpha" not in run]
+    assert len(tuned) == 6 and len(final) == 3 and (folder / "compare.png").stat().st_size > 10_000
+    for run in final:
+        rates = {r["learning_rate"]: r["dev_alpha"] for r in tuned if r["loss"] == run["loss"]}
+        assert rates[run["learning_rate"]] == max(rates.values())
+        assert run["alpha, topics"] > result["before"]["alpha, topics"] and 1 <= run["tau 3, kept out: jobs"] <= 4
+        assert run["loss"] in said and len(result["curves"][run["loss"]][0]) > 5
+
+
+def test_compare_goes_on_where_it_stopped(compared):
+    folder, said, arguments = compared
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/log.jsonl")}
+    again = run_script(*arguments)
+    assert again.returncode == 0 and again.stdout.splitlines()[-12:] == said.splitlines()[-12:]
+    assert json.loads((folder / "compare.json").read_text())["runs"]
+    assert before.keys() == {path: 0 for path in folder.glob("*/log.jsonl")}.keys()
+
+
+def test_intervals_over_seeds_are_students():
+    mean, half = distill.mean_and_interval([1.0, 2.0, 3.0])
+    assert mean == 2 and half == pytest.approx(4.303 * 1 / 3 ** 0.5, rel=1e-3)
+    assert np.isnan(distill.mean_and_interval([1.0])[1])
+
+
+def test_alignment_raises_alpha_beyond_its_interval_and_the_report_says_so(trained_world, tmp_path):
+    world = tmp_path / "world"
+    shutil.copytree(trained_world, world)
+    done = run_script("distill.py", "finetune", *in_world(world, "target", "draft", "data", "pretrain-data"), "--loss", "tvd++", "--steps", 150,
+                      "--learning-rate", 1e-2, "--batch-size", 16, "--threads", 1, "--device", "cpu", "--out", world / "drafter-aligned")
+    assert done.returncode == 0, done.stderr
+    assert_refused(run_script("distill.py", "report", "--dir", world, "--out", tmp_path / "demo.png"), "no such file")
+    for name, source in (("target-base", "target"), ("drafter-more", "drafter-base")):
+        shutil.copytree(world / source, world / name)
+    assert_refused(run_script("distill.py", "report", "--dir", world, "--out", tmp_path / "demo.png"), "holds no benchmarks")
+    for name in ("base", "aligned"):
+        done = run_script("speculate.py", "--target", world / "target", "--draft", world / f"drafter-{name}", "--bench", world / "test.jsonl",
+                          "--limit", 12, "--max-new-tokens", 32, "--threads", 1, "--device", "cpu", "--temperature", 1, "--json", world / f"bench-{name}-1.json")
+        assert done.returncode == 0, done.stderr
+    done = run_script("distill.py", "report", "--dir", world, "--out", tmp_path / "demo.png", "--check")
+    assert done.returncode == 0, done.stderr
+    assert "before: pretrained only" in done.stdout and (tmp_path / "demo.png").stat().st_size > 10_000
+    shutil.copy(world / "bench-base-1.json", world / "bench-aligned-1.json")             # alignment that changed nothing
+    assert_refused(run_script("distill.py", "report", "--dir", world, "--out", tmp_path / "demo.png", "--check"), "did not raise alpha")
