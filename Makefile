@@ -1,25 +1,85 @@
 # Two commands: `make demo` and `make test`. Each sets up .venv first if it is missing.
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 RUN = .venv/bin/python
-TARGET = models/smollm2-135m-instruct
 
-.venv/ready: requirements.txt requirements-real.txt
+.venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-real.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-# The whole method on the real chat model, in miniature. So short a training makes a poor drafter: expect right text
-# and few accepted tokens; README.md shows the full run. Every stage resumes, so a second run only says what is there.
-demo: .venv/ready
+# What real chat models need besides: for .ci/run, so that the tests that compare with transformers run rather than skip.
+real: .venv/ready
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-real.txt
 	$(RUN) data/smollm2.py
-	$(RUN) distill.py generate --target $(TARGET) --self-instruct 64 --max-new-tokens 128 --out out/demo/records.jsonl --resume
-	test -f out/pretrain/meta.json || $(RUN) data/pretrain_text.py
-	$(RUN) train.py --model small-drafter --embed-from $(TARGET) --out out/demo/base --steps 60 --dtype bfloat16 --resume
-	$(RUN) distill.py finetune --target $(TARGET) --draft out/demo/base --data out/demo/records.jsonl --loss kld --chunk 1024 \
-		--pretrain-data out/pretrain --steps 60 --eval-records 8 --dtype bfloat16 --out out/demo/drafter --resume
-	$(RUN) speculate.py --target $(TARGET) --draft out/demo/drafter --prompt "What are three good reasons to learn to cook?" --max-new-tokens 96
+
+# The whole method in a world small enough for a laptop, from random weights. Each stage leaves a stamp in $(S), so that
+# a second run, or one after an interruption, goes on where the first one stopped. FAST=1: the same with fewer steps.
+D = out/tiny
+STEPS = 800 600 1500 600
+LIMIT = 30
+ifdef FAST
+D = out/tiny-fast
+STEPS = 60 150 300 150
+LIMIT = 8
+endif
+S = $(D)/stamps
+CORPUS = data/tiny_world/passages.jsonl.gz data/tiny_world/pairs.jsonl.gz
+TOKENS = --tokenizer $(D)/tokenizer --context 128
+
+demo: .venv/ready
+	@mkdir -p $(S); test -z "`ls $(S)`" || echo "done before and skipped now:" `ls -tr $(S)` "(rm -r $(D) starts afresh)"
+	@$(MAKE) --no-print-directory $(S)/bench
+	$(RUN) distill.py report --dir $(D) --out out/demo.png --check
+	$(RUN) speculate.py --target $(D)/target --draft $(D)/drafter-aligned --prompt "What does a rabbit look like?" --threads 1 --trace colour
+
+$(S)/data:
+	$(RUN) data/tokenizer.py --train $(CORPUS) --out $(D)/tokenizer
+	$(RUN) data/tiny_world.py prepare --tokenizer $(D)/tokenizer --out $(D)
+	@touch $@
+
+# 1. The target: passages, then conversations.
+$(S)/target-base: $(S)/data
+	$(RUN) train.py --model tiny-target $(TOKENS) --data $(D)/pretrain --steps $(word 1,$(STEPS)) --learning-rate 2e-3 \
+		--out $(D)/target-base --resume
+	@touch $@
+
+$(S)/target: $(S)/target-base
+	$(RUN) train.py --init $(D)/target-base $(TOKENS) --chat $(D)/chat.jsonl --batch-size 32 --steps $(word 2,$(STEPS)) \
+		--out $(D)/target --resume
+	@touch $@
+
+# 2. The drafter, on passages alone.
+$(S)/drafter-base: $(S)/data
+	$(RUN) train.py --model tiny-drafter $(TOKENS) --data $(D)/pretrain --steps $(word 3,$(STEPS)) --learning-rate 1e-2 \
+		--out $(D)/drafter-base --resume
+	@touch $@
+
+# 3. The target writes the data.
+$(S)/records: $(S)/target
+	$(RUN) distill.py generate --target $(D)/target --prompts $(D)/prompts.jsonl --per-prompt 2 --max-new-tokens 64 \
+		--out $(D)/records.jsonl --resume
+	@touch $@
+
+# 4. Alignment. And the control: the same drafter, the same answers, as many steps, but next-token loss.
+$(S)/drafter-aligned: $(S)/drafter-base $(S)/records
+	$(RUN) distill.py finetune --target $(D)/target --draft $(D)/drafter-base --data $(D)/records.jsonl --loss tvd++ \
+		--pretrain-data $(D)/pretrain --batch-size 32 --steps $(word 4,$(STEPS)) --learning-rate 1e-2 \
+		--out $(D)/drafter-aligned --resume
+	@touch $@
+
+$(S)/drafter-more: $(S)/drafter-base $(S)/records
+	$(RUN) train.py --init $(D)/drafter-base $(TOKENS) --chat $(D)/records.jsonl --batch-size 32 --steps $(word 4,$(STEPS)) \
+		--learning-rate 1e-2 --eval-every 50 --out $(D)/drafter-more --resume
+	@touch $@
+
+# 5. Decoding, timed. One thread: models this small spend a second one on waiting.
+$(S)/bench: $(S)/drafter-aligned $(S)/drafter-more
+	for draft in base more aligned; do for temperature in 0 1; do \
+		$(RUN) speculate.py --target $(D)/target --draft $(D)/drafter-$$draft --bench $(D)/test.jsonl --limit $(LIMIT) --gamma 3 5 \
+		--temperature $$temperature --max-new-tokens 64 --threads 1 --json $(D)/bench-$$draft-$$temperature.json || exit 2; done; done
+	@touch $@
 
 test: .venv/ready
 	$(RUN) -m pytest -q -rs
 
-.PHONY: demo test
+.PHONY: demo test real

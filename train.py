@@ -40,7 +40,7 @@ PRESETS = {
     "smaller-drafter": dict(hidden_size=192, intermediate_size=512, num_hidden_layers=2, num_attention_heads=3),
     # The tiny world's target [3,000]: 3.6 M. Deep and thin, because a pass at this size costs its layers' overhead:
     # depth makes the target's step dear, and so leaves something for a drafter to save.
-    "tiny-target": dict(hidden_size=128, intermediate_size=352, num_hidden_layers=16, num_attention_heads=4),
+    "tiny-target": dict(hidden_size=128, intermediate_size=352, num_hidden_layers=12, num_attention_heads=4),
     # The tiny world's drafter [3,000]: 0.17 M, a twentieth of its target in parameters, a sixteenth in layers.
     "tiny-drafter": dict(hidden_size=48, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2),
 }
@@ -485,7 +485,8 @@ def main(argv=None):
             step += 1
 
     print(f"wrote {out}: evaluation loss {eval_loss:.4f} nats a token (perplexity {math.exp(eval_loss):.1f})")
-    print(f"next: python distill.py generate --target {args.tokenizer} --self-instruct 1000 --out out/records.jsonl")
+    print(f"next: python distill.py generate --target {out} --prompts FILE --out out/records.jsonl" if args.chat else
+          f"next: python distill.py generate --target {args.tokenizer} --self-instruct 1000 --out out/records.jsonl")
 
 
 if __name__ == "__main__":

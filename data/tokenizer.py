@@ -10,11 +10,14 @@ chat template. Two rules hold throughout:
   byte has come, and never half of one.
 
     python data/tokenizer.py models/smollm2-135m-instruct "Some text"        shows how a text is cut
+    python data/tokenizer.py --train data/tiny_world/*.jsonl.gz --out out/tiny/tokenizer   trains the tiny world's
 """
 
+import argparse
 import codecs
 import functools
 import hashlib
+import io
 import json
 import re
 import sys
@@ -239,14 +242,50 @@ class Stream:
         return self._decoder.decode(b"", final=True)
 
 
+def train(texts, folder, vocab_size):
+    """Train a SentencePiece tokenizer with chat markers on an iterable of texts and write its folder.
+
+    Byte fallback: any character can be written, if need be byte by byte, so there is no unknown token in practice. One
+    thread and no sampling: same texts, same bytes.
+    """
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=vocab_size, byte_fallback=True, num_threads=1,
+        character_coverage=1.0, unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1, control_symbols=CONTROLS, minloglevel=2)
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": False, "unk_token": "<unk>", "eos_token": "<|end|>",
+              "pad_token": "<|endoftext|>", "chat_template": CHAT_TEMPLATE, "model_max_length": 512}
+    for name, content in (("tokenizer.model", model.getvalue()), ("tokenizer_config.json", (json.dumps(config, indent=1) + "\n").encode())):
+        with files.atomic(Path(folder) / name) as temporary:
+            temporary.write_bytes(content)
+
+
+CONTROLS = ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+CHAT_TEMPLATE = ("{% for message in messages %}{{ '<|' + message['role'] + '|> ' + message['content'] + '<|end|>' }}{% endfor %}"
+                 "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+
+
 def main():
-    if len(sys.argv) != 3:
-        raise ValueError('usage: python data/tokenizer.py FOLDER "some text"')
-    tokenizer = load(sys.argv[1])
-    ids = tokenizer.encode(sys.argv[2])
-    for token in ids:
-        print(f"{token:6d}  {tokenizer.piece(token)!r}")
-    print(f"{len(ids)} tokens; decoded again: {tokenizer.decode(ids)!r}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("show", nargs="*", metavar="FOLDER TEXT", help="show how this folder's tokenizer cuts a text")
+    parser.add_argument("--train", type=Path, nargs="+", metavar="FILE", help='JSON lines of {"prompt", "response"}: train a tokenizer on them')
+    parser.add_argument("--vocab-size", type=int, default=2048)
+    parser.add_argument("--out", type=Path, default=Path("out/tiny/tokenizer"))
+    args = parser.parse_args()
+    if args.train:
+        texts = [row[key] for path in args.train for row in files.read_jsonl(path) for key in ("prompt", "response") if key in row]
+        train(texts, args.out, args.vocab_size)
+        digest = hashlib.sha256((args.out / "tokenizer.model").read_bytes()).hexdigest()
+        print(f"wrote {args.out}: {load(args.out).vocab_size} pieces from {len(texts)} texts, tokenizer.model sha256 {digest[:16]}")
+    elif len(args.show) == 2:
+        tokenizer = load(args.show[0])
+        ids = tokenizer.encode(args.show[1])
+        for token in ids:
+            print(f"{token:6d}  {tokenizer.piece(token)!r}")
+        print(f"{len(ids)} tokens; decoded again: {tokenizer.decode(ids)!r}")
+    else:
+        raise ValueError('give a FOLDER and "some text", or --train FILE...')
 
 
 if __name__ == "__main__":
