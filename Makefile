@@ -15,12 +15,16 @@ real: .venv/ready
 # The whole method in a world small enough for a laptop, from random weights. Each stage leaves a stamp in $(S), so that
 # a second run, or one after an interruption, goes on where the first one stopped. FAST=1: the same with fewer steps.
 D = out/tiny
-STEPS = 800 600 1500 600
-LIMIT = 30
+STEPS = 250 1000 1500 500
+ANSWERS = 2
+BENCH = --limit 12 --gamma 3 5
+TEMPERATURES = 0 1
 ifdef FAST
 D = out/tiny-fast
-STEPS = 60 150 300 150
-LIMIT = 8
+STEPS = 60 120 300 120
+ANSWERS = 1
+BENCH = --limit 10 --gamma 3
+TEMPERATURES = 1
 endif
 S = $(D)/stamps
 CORPUS = data/tiny_world/passages.jsonl.gz data/tiny_world/pairs.jsonl.gz
@@ -45,7 +49,7 @@ $(S)/target-base: $(S)/data
 
 $(S)/target: $(S)/target-base
 	$(RUN) train.py --init $(D)/target-base $(TOKENS) --chat $(D)/chat.jsonl --batch-size 32 --steps $(word 2,$(STEPS)) \
-		--out $(D)/target --resume
+		--learning-rate 2e-3 --out $(D)/target --resume
 	@touch $@
 
 # 2. The drafter, on passages alone.
@@ -56,7 +60,7 @@ $(S)/drafter-base: $(S)/data
 
 # 3. The target writes the data.
 $(S)/records: $(S)/target
-	$(RUN) distill.py generate --target $(D)/target --prompts $(D)/prompts.jsonl --per-prompt 2 --max-new-tokens 64 \
+	$(RUN) distill.py generate --target $(D)/target --prompts $(D)/prompts.jsonl --per-prompt $(ANSWERS) --max-new-tokens 64 \
 		--out $(D)/records.jsonl --resume
 	@touch $@
 
@@ -74,8 +78,8 @@ $(S)/drafter-more: $(S)/drafter-base $(S)/records
 
 # 5. Decoding, timed. One thread: models this small spend a second one on waiting.
 $(S)/bench: $(S)/drafter-aligned $(S)/drafter-more
-	for draft in base more aligned; do for temperature in 0 1; do \
-		$(RUN) speculate.py --target $(D)/target --draft $(D)/drafter-$$draft --bench $(D)/test.jsonl --limit $(LIMIT) --gamma 3 5 \
+	for draft in base more aligned; do for temperature in $(TEMPERATURES); do \
+		$(RUN) speculate.py --target $(D)/target --draft $(D)/drafter-$$draft --bench $(D)/test.jsonl $(BENCH) \
 		--temperature $$temperature --max-new-tokens 64 --threads 1 --json $(D)/bench-$$draft-$$temperature.json || exit 2; done; done
 	@touch $@
 
