@@ -13,7 +13,7 @@ import losses
 import model
 import speculate
 import train
-from conftest import assert_refused, run_script, tiny_llama
+from conftest import assert_refused, run_process, run_script, tiny_llama
 from data import files, tokenizer
 
 
@@ -263,9 +263,9 @@ def test_bad_input_to_finetune_is_one_sentence(folders, records, tmp_path, monke
 def test_the_script_exits_with_2_and_no_traceback(folders, tmp_path):
     target = ("--target", folders / "target", "--device", "cpu")
     (tmp_path / "bad.jsonl").write_text('{"task": "a", "prompt": "  "}\n')
-    assert_refused(run_script("distill.py", "generate", *target, "--prompts", tmp_path / "bad.jsonl", "--out", tmp_path / "o.jsonl"), "prompt 1")
+    assert_refused(run_process("distill.py", "generate", *target, "--prompts", tmp_path / "bad.jsonl", "--out", tmp_path / "o.jsonl"), "prompt 1")
     (tmp_path / "long.jsonl").write_text(json.dumps({"task": "a", "prompt": "count " * 400}) + "\n")
-    assert_refused(run_script("distill.py", "generate", *target, "--prompts", tmp_path / "long.jsonl", "--out", tmp_path / "o.jsonl"),
+    assert_refused(run_process("distill.py", "generate", *target, "--prompts", tmp_path / "long.jsonl", "--out", tmp_path / "o.jsonl"),
                    "exceeds the model's context of 256")
 
 

@@ -14,10 +14,10 @@ import torch
 
 import model
 import speculate
-from conftest import assert_refused, run_script, tiny_llama
+from conftest import assert_refused, run_process, run_script, tiny_llama
 from data import files
 
-PROMPT, LENGTH, SAMPLES = [1, 0, 2], 7, 600
+PROMPT, LENGTH, SAMPLES = [1, 0, 2], 7, 500
 
 
 def exact_distribution(target, temperature, top_p):
@@ -307,8 +307,8 @@ def folders(tmp_path_factory, sentencepiece_folder):
 
 
 def script(folders, *arguments, **options):
-    return run_script("speculate.py", "--target", folders / "target", "--draft", folders / "draft", "--device", "cpu", "--threads", 1,
-                      *arguments, **options)
+    return options.pop("run", run_script)("speculate.py", "--target", folders / "target", "--draft", folders / "draft", "--device", "cpu",
+                                          "--threads", 1, *arguments, **options)
 
 
 def test_bench_writes_the_rows_that_design_promises(folders, tmp_path):
@@ -348,7 +348,7 @@ def test_chat_keeps_the_history_and_forgets_the_oldest_when_the_context_is_full(
 
 
 def test_bad_input_is_one_sentence_and_exit_code_2(folders, tmp_path):
-    assert_refused(script(folders, "--prompt", " "), "--prompt is empty")
+    assert_refused(script(folders, "--prompt", " ", run=run_process), "--prompt is empty")
     assert_refused(script(folders, "--prompt", "hello", "--gamma", 0), "--gamma 0")
     assert_refused(script(folders, "--prompt", "hello " * 300), "exceed the target's context of 128")
     assert_refused(script(folders, "--bench", tmp_path / "none.jsonl"), "no such file")

@@ -39,11 +39,11 @@ def test_every_topic_has_its_texts_and_held_out_words_occur_in_the_passages():
 def test_evaluation_prompts_are_about_held_out_words_and_the_topic_kept_out_is_in_no_distillation_prompt(prepared):
     dev, test, prompts = (files.read_jsonl(prepared / f"{name}.jsonl") for name in ("dev", "test", "prompts"))
     chat = files.read_jsonl(prepared / "chat.jsonl")
-    trained = {row["messages"][0]["content"] for row in chat}
+    trained = {row["messages"][0]["content"] for row in chat if row["messages"]}
     asked = {row["prompt"] for row in prompts}
     assert asked < trained and not trained & {row["prompt"] for row in dev + test}
     assert not {row["prompt"] for row in dev} & {row["prompt"] for row in test}
-    assert {row["task"] for row in chat} - {row["task"] for row in prompts} == {tiny_world.OUT_OF_DISTRIBUTION}
+    assert {row["task"] for row in chat if row["messages"]} - {row["task"] for row in prompts} == {tiny_world.OUT_OF_DISTRIBUTION}
     jobs = "|".join(word for word, _ in tiny_world.words_of("jobs"))
     assert not [row for row in prompts if re.search(rf"\b({jobs})\b", row["prompt"])]
     for rows in (dev, test):
