@@ -480,7 +480,7 @@ def draw_curves(path, curves):
             axes.plot(*zip(*points), color=f"C{k}", alpha=0.2)
         axes.plot([step for step, _ in seeds[0]], np.mean([[a for _, a in points] for points in seeds], 0), color=f"C{k}", label=name)
     axes.set(xlabel="fine-tuning steps", ylabel="E[sum min(p, q)] on held-out answers", title="Which loss is better?")
-    axes.legend()
+    axes.legend(loc="lower right")
     figure.savefig(path, dpi=110)
 
 
@@ -618,7 +618,7 @@ def make_parser():
         sub.add_argument(f"--{name}", type=Path, default=Path(default), help=f"{text} (default {default})")
     sub.add_argument("--steps", type=int, default=200, help="of each training (default 200)")
     sub.add_argument("--batch-size", type=int, default=32)
-    sub.add_argument("--learning-rates", type=float, nargs="+", default=[3e-3, 1e-2, 3e-2], help="the grid each loss is tuned on")
+    sub.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2, 3e-2], help="the grid each loss is tuned on")
     sub.add_argument("--pretrain-fraction", type=float, default=0.1)
     sub.add_argument("--gamma", type=int, nargs="+", default=[3, 5])
     sub.add_argument("--prompts", type=int, default=20, help="test prompts a task for tau; alpha takes all (default 20)")

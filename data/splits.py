@@ -33,7 +33,7 @@ def runs(words, length):
 
 def texts(row):
     """(instructions, answer) of a prompt or a record: the user's turns, normalised, and the response's words."""
-    messages = row.get("messages") or [{"role": "user", "content": row.get("prompt", "")}]
+    messages = row["messages"] if "messages" in row else [{"role": "user", "content": row.get("prompt", "")}]
     return [normalise(m["content"]) for m in messages if m["role"] == "user"], normalise(row.get("response", ""))
 
 
@@ -71,7 +71,8 @@ def read(path):
         messages = row["messages"] if "messages" in row else [{"role": "user", "content": row.get("prompt")}]
         whole = isinstance(messages, list) and isinstance(row.get("response", ""), str) and all(
             isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages)
-        if not whole or not any(m["role"] == "user" for m in messages):  # a row never compared would pass as clean
+        document = whole and messages == [] and normalise(row.get("response", ""))  # written from a bare start: only its text is compared
+        if not whole or not (document or any(m["role"] == "user" for m in messages)):  # a row never compared would pass as clean
             raise ValueError(f'{path}, row {number}: expected a text "prompt" or "messages" with a user\'s turn (and, in a '
                              f'record, a text "response"); mend or delete that row')
     if not rows:

@@ -21,6 +21,7 @@ HELD_OUT = [{"task": "open", "prompt": "Please describe how a small paper boat f
     ({"messages": [{"role": "user", "content": "say two three four five six seven eight nine"}]}, "instruction"),
     ({"prompt": "x", "response": "so one two three four five six seven eight nine ten eleven twelve thirteen"}, "answer"),   # 13
     ({"prompt": "x", "response": "so one two three four five six seven eight nine ten eleven twelve"}, None),                # 12
+    ({"messages": [], "response": "one two three four five six seven eight nine ten eleven twelve thirteen"}, "answer"),     # a document
     ({"messages": [{"role": "assistant", "content": HELD_OUT[0]["prompt"]}, {"role": "user", "content": "go on"}]}, None),
 ])
 def test_planted_copies_are_found_and_near_misses_are_not(row, kind):
@@ -41,7 +42,7 @@ def test_a_held_out_answer_is_found_in_a_training_answer_by_the_script_too(tmp_p
     assert process.returncode == 1 and f"train.jsonl row 1 ~ {tmp_path}/held.jsonl row 1: answer: {words}" in process.stdout
 
 
-@pytest.mark.parametrize("row", [{"prompt": None}, {"prompt": 3}, {"other": 1}, {"messages": "hi"}, {"messages": []},
+@pytest.mark.parametrize("row", [{"prompt": None}, {"prompt": 3}, {"other": 1}, {"messages": "hi"}, {"messages": []}, {"messages": [], "response": 3},
                                  {"messages": [{"content": "hi"}]}, {"prompt": "hi", "response": None}])
 def test_a_row_without_text_to_compare_is_refused(tmp_path, row):
     files.write_jsonl(tmp_path / "train.jsonl", [{"prompt": "fine"}, row])
