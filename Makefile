@@ -21,9 +21,9 @@ BENCH = --limit 12 --gamma 3 5
 TEMPERATURES = 0 1
 ifdef FAST
 D = out/tiny-fast
-STEPS = 60 120 300 120
+STEPS = 50 90 200 100
 ANSWERS = 1
-BENCH = --limit 10 --gamma 3
+BENCH = --limit 8 --gamma 3
 TEMPERATURES = 1
 endif
 S = $(D)/stamps

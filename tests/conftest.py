@@ -25,6 +25,7 @@ TARGET = ROOT / "models" / "smollm2-135m-instruct"
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "real: needs the chat model in models/ and the packages of requirements-real.txt")
+    config.addinivalue_line("markers", "trained: trains the tiny world's smallest useful models first, in half a minute, and keeps them in the cache")
     torch.set_num_threads(1)  # tiny models: a second thread only adds waiting
 
 
@@ -38,6 +39,9 @@ def pytest_collection_modifyitems(items):
         reason = f"needs {error.name}: pip install -r requirements-real.txt"
     if reason is None and not (TARGET / "provenance.json").is_file():
         reason = "needs the chat model: python data/smollm2.py"
+    for item in items:
+        if {"trained_world", "compared"}.intersection(item.fixturenames):
+            item.add_marker(pytest.mark.trained)
     if reason:
         for item in items:
             if item.get_closest_marker("real"):

@@ -17,7 +17,7 @@ import speculate
 from conftest import assert_refused, run_process, run_script, tiny_llama
 from data import files
 
-PROMPT, LENGTH, SAMPLES = [1, 0, 2], 7, 500
+PROMPT, LENGTH, SAMPLES = [1, 0, 2], 7, 350
 
 
 def exact_distribution(target, temperature, top_p):
