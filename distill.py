@@ -33,46 +33,68 @@ from data import files, tokenizer
 # ---- Stage 2: the target writes --------------------------------------------------------------------------------------
 
 @torch.inference_mode()
-def generate_wave(target, prompts, temperatures, top_p, max_new_tokens, stop_ids, generator):
-    """Sample one answer to each prompt in one ragged batch; yields (row, response_ids, ended) as rows finish.
+def generate_batch(target, prompts, temperatures, top_p, max_new_tokens, stop_ids, generator, batch_size):
+    """Sample one answer to each prompt, `batch_size` at a time; yields (number, response_ids, ended) as answers end.
 
-    prompts: lists of ids, of any lengths. temperatures: one a row. ended: whether a stop token came (it is not in
+    prompts: lists of ids, of any lengths. temperatures: one a prompt. ended: whether a stop token came (it is not in
     response_ids) before max_new_tokens.
+
+    A row whose answer has ended takes the next prompt, so that no row waits for the longest answer: the prompt goes
+    into the columns to the left of the one that all rows are at, and cache.start says where it begins.
     """
-    device = target.embed_tokens.weight.device
-    lengths = [len(prompt) for prompt in prompts]
-    width = max(lengths)
-    cache = model.KVCache(target.config, len(prompts), width + max_new_tokens, device, target.embed_tokens.weight.dtype)
-    cache.start = torch.tensor([width - n for n in lengths], device=device)       # padded on the left: all end together
-    tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)            # (B, width)
-    temperatures = torch.tensor(temperatures, device=device)
-    rows = list(range(len(prompts)))              # rows[i]: the prompt that row i of the batch answers
+    if not prompts:
+        return
+    device, dtype, config = target.embed_tokens.weight.device, target.embed_tokens.weight.dtype, target.config
+    waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))          # the longest first: popped from the end
+    widest, batch_size = len(prompts[waiting[-1]]), min(batch_size, len(prompts))
+    cache = model.KVCache(config, batch_size, widest + max_new_tokens + 64, device, dtype)
+    cache.length = widest                         # so the longest prompt fits to the left, and the later ones, too
+    rows = [None] * batch_size                    # rows[i]: the number of the prompt that row i answers; None: free
     answers = [[] for _ in prompts]
-    finished = [False] * len(prompts)
-    for _ in range(max_new_tokens):
-        logits = target.head(target.hidden(tokens, cache)[:, -1])                                  # (B, V)
-        p, ids = model.candidates(logits, temperatures, top_p)
-        drawn = ids.gather(1, model.sample(p, generator)[:, None])                                 # (B, 1)
-        for row, token in zip(rows, drawn[:, 0].tolist()):
-            if finished[row]:
-                continue
-            if token in stop_ids:
-                finished[row] = True
-                yield row, answers[row], True
-            else:
-                answers[row].append(token)
-        alive = [i for i, row in enumerate(rows) if not finished[row]]
-        if not alive:
+    tokens = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)         # what each row reads next
+    heat = torch.ones(batch_size, device=device)
+    while True:
+        free = [i for i, row in enumerate(rows) if row is None]
+        if waiting and len(free) >= batch_size / 32:                              # some at a time: one pass reads them
+            free = free[:len(waiting)]
+            for i in free:
+                rows[i] = waiting.pop()
+            # All but the last token of each prompt: that one is what the row reads next, like any other token.
+            heads = [prompts[rows[i]][:-1] for i in free]
+            width = max(map(len, heads))
+            columns = slice(cache.length - width, cache.length)
+            at = torch.tensor(free, device=device)
+            lengths = torch.tensor([len(head) for head in heads], device=device)
+            if width:
+                reader = model.KVCache(config, len(free), width, device, dtype)
+                reader.start = width - lengths
+                target.hidden(torch.tensor([[0] * (width - len(head)) + head for head in heads], device=device), reader)
+                cache.k[:, at, :, columns], cache.v[:, at, :, columns] = reader.k, reader.v
+            cache.start[at] = cache.length - lengths
+            tokens[at, 0] = torch.tensor([prompts[rows[i]][-1] for i in free], device=device)
+            heat[at] = torch.tensor([float(temperatures[rows[i]]) for i in free], device=device)
+        elif len(free) == len(rows):
             return
-        tokens = drawn
-        # A finished row costs as much as a live one, but leaving copies the cache: worth it for every eighth row.
-        if len(alive) <= 7 / 8 * len(rows):
-            keep = torch.tensor(alive, device=device)
+        elif not waiting and len(free) >= len(rows) / 8:
+            # Nothing left to take: a free row costs as much as a live one, but leaving copies the cache.
+            keep = torch.tensor([i for i, row in enumerate(rows) if row is not None], device=device)
             cache.keep(keep)
-            tokens, temperatures, rows = tokens[keep], temperatures[keep], [rows[i] for i in alive]
-    for row in rows:
-        if not finished[row]:
-            yield row, answers[row], False
+            tokens, heat, rows = tokens[keep], heat[keep], [row for row in rows if row is not None]
+        if cache.length == cache.max_len:
+            live = torch.tensor([i for i, row in enumerate(rows) if row is not None], device=device)
+            cache.forget_columns(min(int(cache.start[live].min()), cache.length - max([0] + [len(prompts[i]) for i in waiting[-1:]])))
+        logits = target.head(target.hidden(tokens, cache)[:, -1])                                  # (B, V)
+        p, ids = model.candidates(logits, heat, top_p)
+        tokens = ids.gather(1, model.sample(p, generator)[:, None])                                # (B, 1)
+        for i, token in enumerate(tokens[:, 0].tolist()):
+            if rows[i] is None:
+                continue
+            ended = token in stop_ids
+            if not ended:
+                answers[rows[i]].append(token)
+            if ended or len(answers[rows[i]]) == max_new_tokens:
+                yield rows[i], answers[rows[i]], ended
+                rows[i] = None
 
 
 def self_instruct(target, tok, count, out, args, generator):
@@ -87,22 +109,26 @@ def self_instruct(target, tok, count, out, args, generator):
         raise ValueError("this model's chat template does not end the user's turn with the end-of-turn token, so it cannot "
                          "write instructions by itself; give --prompts FILE.jsonl")
     turn = turn[:len(turn) - 1 - turn[::-1].index(tok.eos_id)]       # everything up to the end of the empty user turn
+    # Left alone it writes mostly "I'm planning..." and "Can you...". First words, dealt in turn, make it vary.
+    openings = files.read_openings(args.openings) if args.openings else [{"task": "open", "opening": ""}]
     files.trim_partial_line(out)
     kept = files.read_jsonl(out) if out.is_file() else []
     seen = {" ".join(row["prompt"].lower().split()) for row in kept}
     generator.manual_seed(args.seed + len(kept))                     # a resumed run must not write the same ones again
     dropped = {"empty": 0, "repeated": 0, "over-long": 0}
     progress, begun = files.Progress(count - len(kept), "instructions"), len(kept)
-    fruitless = 0
+    fruitless, tried = 0, len(kept)
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out, "a", encoding="utf-8") as file:
         while len(kept) < count:
             before = len(kept)
-            batch = min(args.batch_size, count - len(kept) + 8)
-            wave = generate_wave(target, [turn] * batch, [args.instruction_temperature] * batch, args.top_p,
-                                 args.max_instruction_tokens, tok.eos_ids, generator)
-            for _, ids, ended in wave:
-                text = tok.decode(ids).strip()
+            chosen = [openings[(tried + i) % len(openings)] for i in range(count - len(kept) + 8)]
+            tried += len(chosen)
+            starts = [tok.encode(opening["opening"]) for opening in chosen]
+            written = generate_batch(target, [turn + start for start in starts], [args.instruction_temperature] * len(chosen),
+                                     args.top_p, args.max_instruction_tokens, tok.eos_ids, generator, args.batch_size)
+            for row, ids, ended in written:
+                text = tok.decode(starts[row] + ids).strip()
                 key = " ".join(text.lower().split())
                 reason = ("over-long" if not ended else "empty" if len(key.split()) < 3 else
                           "repeated" if key in seen else None)
@@ -110,7 +136,7 @@ def self_instruct(target, tok, count, out, args, generator):
                     dropped[reason] += 1
                 elif len(kept) < count:
                     seen.add(key)
-                    kept.append({"task": "open", "prompt": text})
+                    kept.append({"task": chosen[row]["task"], "prompt": text})
                     file.write(json.dumps(kept[-1], ensure_ascii=False) + "\n")
                     file.flush()
                     progress.update(len(kept) - begun, f"dropped {dropped}")
@@ -163,25 +189,21 @@ def generate(args):
     for item in items:
         if item["id"] in done and done[item["id"]]["messages"] != item["messages"]:
             raise ValueError(f"{args.out}: record {item['id']} answers another prompt than the one given now; choose another --out")
-    # Waves of like prompt length waste little padding.
-    missing = sorted((item for item in items if item["id"] not in done), key=lambda item: len(item["prompt_ids"]))
+    missing = [item for item in items if item["id"] not in done]
     print(f"{len(items)} answers wanted, {len(items) - len(missing)} already in {args.out}")
     generator.manual_seed(args.seed + len(done))
     progress, count, new_tokens, begin = files.Progress(len(missing), "records"), 0, 0, time.monotonic()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with open(args.out, "a", encoding="utf-8") as file:
-        for at in range(0, len(missing), args.batch_size):
-            wave = missing[at:at + args.batch_size]
-            for row, ids, ended in generate_wave(target, [item["prompt_ids"] for item in wave],
-                                                 [item["temperature"] for item in wave], args.top_p, args.max_new_tokens,
-                                                 stop_ids, generator):
-                item = wave[row]
-                record = {"id": item["id"], "task": item["task"], "messages": item["messages"], "response": tok.decode(ids),
-                          "response_ids": ids, "temperature": item["temperature"], "ended": ended}
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                file.flush()                                          # a kill from here on loses only unfinished answers
-                count, new_tokens = count + 1, new_tokens + len(ids)
-                progress.update(count, f"{new_tokens / (time.monotonic() - begin):.0f} tokens/s")
+        for number, ids, ended in generate_batch(target, [item["prompt_ids"] for item in missing], [item["temperature"] for item in missing],
+                                                 args.top_p, args.max_new_tokens, stop_ids, generator, args.batch_size):
+            item = missing[number]
+            record = {"id": item["id"], "task": item["task"], "messages": item["messages"], "response": tok.decode(ids),
+                      "response_ids": ids, "temperature": item["temperature"], "ended": ended}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.flush()                                              # a kill from here on loses only unfinished answers
+            count, new_tokens = count + 1, new_tokens + len(ids)
+            progress.update(count, f"{new_tokens / (time.monotonic() - begin):.0f} tokens/s")
     print(f"{args.out}: {count} new records, {new_tokens} tokens")
     print(f"next: python distill.py finetune --target {args.target} --draft out/drafter-base --data {args.out} "
           f"--loss tvd++ --out out/drafter")
@@ -568,6 +590,7 @@ def make_parser():
     sub.add_argument("--max-new-tokens", type=int, default=256, help="tokens an answer at most (default 256)")
     sub.add_argument("--per-prompt", type=int, default=1, metavar="K", help="answers a prompt (default 1)")
     sub.add_argument("--batch-size", type=int, default=96, help="rows decoded together (default 96)")
+    sub.add_argument("--openings", type=Path, metavar="FILE", help='--self-instruct: JSON lines of {"task", "opening"}, first words dealt in turn')
     sub.add_argument("--instruction-temperature", type=float, default=0.8)
     sub.add_argument("--max-instruction-tokens", type=int, default=160, help="longer instructions are dropped (default 160)")
     sub.add_argument("--resume", action="store_true", help="go on with an existing --out: only missing records are made")

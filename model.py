@@ -84,6 +84,13 @@ class KVCache:
         """Keep only these rows (an index tensor), so that rows that have ended stop costing time."""
         self.k, self.v, self.start = self.k[:, rows], self.v[:, rows], self.start[rows]
 
+    def forget_columns(self, count):
+        """Forget the first `count` columns and move the others to the left, when there is no room on the right."""
+        for kept in (self.k, self.v):
+            kept[:, :, :, :self.length - count] = kept[:, :, :, count:self.length].clone()
+        self.length -= count
+        self.start = (self.start - count).clamp(min=0)
+
 
 # ---- The decoder -----------------------------------------------------------------------------------------------------
 

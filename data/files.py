@@ -104,6 +104,17 @@ def read_prompts(path):
     return prompts
 
 
+def read_openings(path):
+    """Rows {"task", "opening"} of a file of first words. ValueError for a row without them, or no row at all."""
+    openings = read_jsonl(path)
+    for number, row in enumerate(openings, 1):
+        if not isinstance(row.get("task"), str) or not isinstance(row.get("opening"), str):
+            raise ValueError(f'{path}, opening {number}: expected {{"task": "...", "opening": "first words"}}')
+    if not openings:
+        raise ValueError(f"{path}: no openings in it")
+    return openings
+
+
 def cache_dir(*parts):
     """A folder under $NANODRAFT_CACHE (default ~/.cache/nanodraft), made if missing. What lies there may vanish."""
     folder = Path(os.environ.get("NANODRAFT_CACHE") or Path.home() / ".cache" / "nanodraft").joinpath(*parts)

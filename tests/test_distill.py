@@ -48,13 +48,21 @@ def generate(monkeypatch, folders, out, *more):
 
 # ---- generate --------------------------------------------------------------------------------------------------------
 
-def test_a_ragged_batch_gives_each_row_what_it_would_get_alone(folders):
+@pytest.mark.parametrize("batch_size", [1, 3, 24])
+def test_a_ragged_batch_gives_each_row_what_it_would_get_alone(folders, monkeypatch, batch_size):
     target = model.load(folders / "target").requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(4, target.config.vocab_size, (n,), generator=generator).tolist() for n in (3, 14, 8, 1, 9, 5, 2, 11)]
+    # Three times as many prompts as rows, three hundred steps: ended rows take new prompts, and columns run out more than once.
+    lengths = (3, 14, 8, 1, 9, 5, 2, 11) * 3
+    prompts = [torch.randint(4, target.config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
     alone = [speculate.autoregressive_generate(target, torch.tensor([p]), 20, 0.0, 1.0).tokens for p in prompts]
     stops = {alone[0][4], alone[3][9], alone[5][2]}      # some rows end early, so rows leave the batch at different times
-    found = {row: (ids, ended) for row, ids, ended in distill.generate_wave(target, prompts, [0.0] * 8, 0.95, 20, stops, generator)}
+    forgotten = []
+    monkeypatch.setattr(model.KVCache, "forget_columns", lambda self, count, plain=model.KVCache.forget_columns:
+                        (forgotten.append(count), plain(self, count)))
+    found = {row: (ids, ended) for row, ids, ended in
+             distill.generate_batch(target, prompts, [0.0] * 24, 0.95, 20, stops, generator, batch_size)}
+    assert bool(forgotten) == (batch_size < 8)
     for row, tokens in enumerate(alone):
         cut = next((i for i, token in enumerate(tokens) if token in stops), None)
         assert found[row] == (tokens[:cut] if cut is not None else tokens, cut is not None)
@@ -68,7 +76,7 @@ def test_sampled_waves_follow_the_nucleus_distribution_of_their_own_temperature(
     for temperature in (0.5, 1.0):
         p = model.probabilities(logits, temperature, 0.8)[0]
         generator = torch.Generator().manual_seed(1)
-        wave = distill.generate_wave(target, [prompt, prompt[:2]] * 2000, [temperature, 0.0] * 2000, 0.8, 1, set(), generator)
+        wave = distill.generate_batch(target, [prompt, prompt[:2]] * 2000, [temperature, 0.0] * 2000, 0.8, 1, set(), generator, 500)
         drawn = torch.tensor([ids[0] for row, ids, _ in wave if row % 2 == 0]).bincount(minlength=len(p)) / 2000
         assert drawn[p == 0].sum() == 0 and (drawn - p).abs().max() < 0.05
 
