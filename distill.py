@@ -16,12 +16,14 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import losses
 import model
@@ -49,6 +51,11 @@ def generate_batch(target, prompts, temperatures, top_p, max_new_tokens, stop_id
     widest, batch_size = len(prompts[waiting[-1]]), min(batch_size, len(prompts))
     cache = model.KVCache(config, batch_size, widest + max_new_tokens + 64, device, dtype)
     cache.length = widest                         # so the longest prompt fits to the left, and the later ones, too
+    # What all prompts begin with (the chat template's system message, say) is read once and copied.
+    shared = os.path.commonprefix([prompt[:-1] for prompt in prompts])
+    prefix = model.KVCache(config, 1, len(shared), device, dtype)
+    if shared:
+        target.hidden(torch.tensor([shared], device=device), prefix)
     rows = [None] * batch_size                    # rows[i]: the number of the prompt that row i answers; None: free
     answers = [[] for _ in prompts]
     tokens = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)         # what each row reads next
@@ -65,11 +72,18 @@ def generate_batch(target, prompts, temperatures, top_p, max_new_tokens, stop_id
             columns = slice(cache.length - width, cache.length)
             at = torch.tensor(free, device=device)
             lengths = torch.tensor([len(head) for head in heads], device=device)
-            if width:
+            if width > len(shared):
                 reader = model.KVCache(config, len(free), width, device, dtype)
                 reader.start = width - lengths
-                target.hidden(torch.tensor([[0] * (width - len(head)) + head for head in heads], device=device), reader)
+                for i, head in enumerate(heads):
+                    begin = width - len(head)
+                    reader.k[:, i, :, begin:begin + len(shared)] = prefix.k[:, 0]
+                    reader.v[:, i, :, begin:begin + len(shared)] = prefix.v[:, 0]
+                reader.length = len(shared)       # shorter rows read some of the prefix again: the same keys and values
+                target.hidden(torch.tensor([([0] * width + head)[len(shared) - width:] for head in heads], device=device), reader)
                 cache.k[:, at, :, columns], cache.v[:, at, :, columns] = reader.k, reader.v
+            elif width:
+                cache.k[:, at, :, columns], cache.v[:, at, :, columns] = prefix.k, prefix.v
             cache.start[at] = cache.length - lengths
             tokens[at, 0] = torch.tensor([prompts[rows[i]][-1] for i in free], device=device)
             heat[at] = torch.tensor([float(temperatures[rows[i]]) for i in free], device=device)
@@ -255,28 +269,50 @@ class TargetStates:
         return torch.from_numpy(stored).to(device, self.target.embed_tokens.weight.dtype)
 
 
-def distillation_backward(draft, target, states, batch, loss_function, scale, chunk, device):
+def draft_vocabulary(examples, size, tok):
+    """The `size` tokens that the target's answers use most, and those that end a turn: (K,) ids, the most frequent first."""
+    counts = np.zeros(tok.vocab_size, dtype=np.int64)
+    for e in examples:
+        np.add.at(counts, e.tokens[e.first:], 1)
+    counts[list(tok.eos_ids)] = counts.max() + 1
+    return torch.from_numpy(np.argsort(-counts, kind="stable")[:size].copy())
+
+
+def distillation_backward(draft, target, states, batch, loss_function, scale, chunk, device, generator):
     """Add the gradient of scale * mean loss over the batch's answer positions to the drafter; returns (loss, alpha).
 
     Logits are made for the answer's positions only, and for `chunk` of them at a time: the head's backward runs chunk
     by chunk into the hidden states, then goes through the layers once (train.next_token_loss_backward says why that
     is exact). alpha: mean sum min(p, q), the acceptance rate before this step.
+
+    With a draft vocabulary both distributions are taken over it alone, and over an eighth as many other tokens, drawn
+    anew: without them nothing would keep the other logits small, and the whole head, which other programs use, would
+    propose tokens that were never trained.
     """
     tokens, where = train.collate(batch, device)
     target_states = states.read(batch, tokens, where)                                   # (N, D of the target)
     hidden = draft.hidden(tokens)[where]                                                # (N, D of the drafter)
+    ids = draft.draft_vocabulary
+    if ids is not None:
+        others = torch.ones(draft.config.vocab_size, dtype=torch.bool)
+        others[ids.cpu()] = False
+        others = others.nonzero().flatten()
+        ids = torch.cat([ids, others[torch.randperm(len(others), generator=generator)[:len(ids) // 8]].to(device)])
+    target_head = target.head_weight(ids)                                               # (K, D of the target)
+    draft_head = draft.head_weight(ids)                                                 # (K, D of the drafter)
+    head = draft_head.detach().requires_grad_()   # a leaf: its gradient gathers over the chunks, then goes on once
     total, alpha, gradients, count = 0.0, 0.0, [], len(hidden)
     for rows, target_rows in zip(hidden.detach().split(chunk), target_states.split(chunk)):
         rows = rows.detach().requires_grad_()
-        draft_logits = draft.head(rows)                                                 # (n, V)
+        draft_logits = F.linear(rows, head)                                             # (n, K)
         with torch.no_grad():
-            target_logits = target.head(target_rows)
+            target_logits = F.linear(target_rows, target_head)
             alpha += losses.overlap(draft_logits, target_logits).sum().item() / count
         loss = loss_function(draft_logits, target_logits).sum() / count
         (scale * loss).backward()
         gradients.append(rows.grad)
         total += loss.item()
-    hidden.backward(torch.cat(gradients))
+    torch.autograd.backward([hidden, draft_head], [torch.cat(gradients), head.grad])
     return total, alpha
 
 
@@ -320,6 +356,8 @@ def finetune(args):
     examples = train.read_examples(args.data, tok, args.context)
     states = TargetStates(target, args.target, examples, dtype)
     training, held_out = train.hold_out(examples, args.eval_records)
+    if args.draft_vocabulary:
+        draft.draft_vocabulary = draft_vocabulary(training, min(args.draft_vocabulary, draft.config.vocab_size), tok).to(device)
     pretraining = None
     if args.pretrain_fraction and args.pretrain_data:
         pretraining, _ = train.read_data(args.pretrain_data, tok, args.pretrain_context)
@@ -330,7 +368,7 @@ def finetune(args):
     windows = max(1, round(args.batch_size * share / (1 - share))) if share else 0
     optimiser = train.make_optimiser(draft, args.learning_rate, args.weight_decay)
     settings = {name: getattr(args, name) for name in ("loss", "samples", "baseline", "steps", "batch_size", "learning_rate", "warm_up", "weight_decay",
-                "context", "chunk", "seed", "dtype", "pretrain_context", "eval_records")} | {
+                "context", "chunk", "seed", "dtype", "pretrain_context", "eval_records", "draft_vocabulary")} | {
                 "share": share, "records": f"{len(examples)} records, {examples[-1].offset} positions", **dataclasses.asdict(draft.config)}
     step, seconds, out = 0, 0.0, args.out
     if args.resume and (out / "training.pt").is_file():
@@ -365,7 +403,7 @@ def finetune(args):
             if step < args.steps:
                 batch = train.batch_at(training, args.batch_size, args.seed, step)
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    loss, alpha = distillation_backward(draft, target, states, batch, loss_function, 1 - share, args.chunk, device)
+                    loss, alpha = distillation_backward(draft, target, states, batch, loss_function, 1 - share, args.chunk, device, generator)
                     if windows:
                         text = train.sample_batch(pretraining, windows, args.pretrain_context, generator).to(device)
                         row["pretrain_loss"] = train.next_token_loss_backward(draft, text, scale=share).item()
@@ -614,6 +652,8 @@ def make_parser():
     sub.add_argument("--context", type=int, default=512, help="tokens of prompt and answer at most (default 512)")
     sub.add_argument("--chunk", type=int, default=4096,
                      help="positions whose logits live at once: memory, and the batch that tvd++ normalises over (default 4096)")
+    sub.add_argument("--draft-vocabulary", type=int, default=0, metavar="K",
+                     help="propose only the K tokens that the answers use most: cheaper to train and to draft (default 0: all, or as --draft has it)")
     sub.add_argument("--pretrain-data", type=Path, metavar="D", help="token files of data/pretrain_text.py, mixed in")
     sub.add_argument("--pretrain-fraction", type=float, default=0.1, help="weight and share of rows of that text (default 0.1, the paper's)")
     sub.add_argument("--pretrain-context", type=int, default=256)

@@ -201,7 +201,7 @@ def next_token_loss_backward(model, tokens, where=None, scale=1.0, chunk=CHUNK):
     total, gradients = 0.0, []
     for rows, answers in zip(hidden.detach().split(chunk), wanted.split(chunk)):
         rows = rows.detach().requires_grad_()  # a leaf: backward stops here
-        loss = F.cross_entropy(model.head(rows).float(), answers, reduction="sum") / len(wanted)
+        loss = F.cross_entropy(model.whole_head(rows).float(), answers, reduction="sum") / len(wanted)
         (scale * loss).backward()
         gradients.append(rows.grad)
         total = total + loss.detach()
@@ -215,7 +215,7 @@ def evaluate(model, batches):
     total, count = 0.0, 0
     for tokens, where in batches:
         hidden, wanted = states_and_answers(model, tokens, where)
-        total += F.cross_entropy(model.head(hidden).float(), wanted, reduction="sum").item()
+        total += F.cross_entropy(model.whole_head(hidden).float(), wanted, reduction="sum").item()
         count += len(wanted)
     return total / count
 
@@ -232,7 +232,7 @@ def make_optimiser(model, learning_rate, weight_decay=0.1, beta2=0.95):
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
               {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, beta2))
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, beta2), fused=True)
 
 
 def learning_rate_at(step, steps, peak, floor, warm_up):

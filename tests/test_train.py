@@ -97,8 +97,8 @@ def test_chunked_loss_and_gradient_equal_cross_entropy_in_one_piece(tied, chunk)
     (0.25 * whole).backward()
     expected = [weight.grad.clone() for weight in model.parameters()]
     model.zero_grad()
-    rows_at_once, head = [], model.head
-    model.head = lambda hidden: rows_at_once.append(len(hidden)) or head(hidden)
+    rows_at_once, head = [], model.whole_head
+    model.whole_head = lambda hidden: rows_at_once.append(len(hidden)) or head(hidden)
     loss = train.next_token_loss_backward(model, tokens, scale=0.25, chunk=chunk)
     assert not loss.requires_grad and loss.item() == pytest.approx(whole.item(), rel=1e-6)
     for weight, gradient in zip(model.parameters(), expected):
