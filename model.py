@@ -18,6 +18,7 @@ rotary positions (arXiv 2104.09864), grouped-query attention (arXiv 2305.13245),
 import ctypes
 import json
 import os
+import platform
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -92,6 +93,42 @@ class KVCache:
         self.start = (self.start - count).clamp(min=0)
 
 
+# ---- Products of weights with few tokens -----------------------------------------------------------------------------
+
+# A pass over few tokens hardly computes: it waits for the weights to come from memory, 538 MB of them for SmolLM2-135M,
+# so it should cost the same for 1 token as for 8. nn.Linear's matrix product does not do that on a CPU: for one token it
+# reads at half the memory's speed, for several it copies each weight into its own order first, on every call. pack()
+# stores the weights in that order once and for all (blocks of 64 outputs, one after the other), instead of the plain
+# order, not beside it.
+# Measured: see README.md, "Where the time goes".
+
+class Packed:
+    """The weights (out_i, in) of Linears that read the same input, as one matrix in the order the CPU reads them in."""
+
+    def __init__(self, *weights):
+        self.sizes = [len(weight) for weight in weights]
+        self.count = sum(weight.numel() for weight in weights)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat([weight.detach() for weight in weights]), 8)
+        self.six = torch.zeros(6, weights[0].shape[1], dtype=weights[0].dtype)
+
+    def __call__(self, x):
+        """x (..., in) -> a list of (..., out_i)."""
+        rows = x.reshape(-1, x.shape[-1])
+        if len(rows) < 6:
+            # Fewer than 6 rows take longer than 6 do: the library's kernel for 6 reads the memory faster.
+            self.six[:len(rows)] = rows
+            y = torch.ops.mkldnn._linear_pointwise(self.six, self.weight, None, "none", [], "")[:len(rows)]
+        else:
+            y = torch.ops.mkldnn._linear_pointwise(rows, self.weight, None, "none", [], "")
+        return y.view(*x.shape[:-1], -1).split(self.sizes, -1)
+
+
+def products(x, *linears):
+    """x times the weight of each of these Linears: a list. One product where pack() has made them one."""
+    packed = getattr(linears[0], "packed", None)
+    return packed(x) if packed else [linear(x) for linear in linears]
+
+
 # ---- The decoder -----------------------------------------------------------------------------------------------------
 
 class RMSNorm(nn.Module):
@@ -104,25 +141,29 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        y = y * torch.rsqrt(y.square().sum(-1, keepdim=True) / y.shape[-1] + self.eps)       # mean() takes longer than sum()
         return self.weight * y.to(x.dtype)
 
 
 def rotary_tables(config, positions):
-    """cos and sin, (B, T, 1, head_dim / 2), of every pair's angle at these positions (B, T).
+    """cos and sin, (B, T, 1, head_dim), of every pair's angle at these positions (B, T); sin negative in the first half.
 
     Pair i turns by position * theta^(-2i / head_dim). Computed once a pass, in fp32: at position 8,000 bf16
     could not even tell neighbours apart.
     """
     half = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
     angle = positions.float()[:, :, None, None] / config.rope_theta ** (half / config.head_dim)
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def rotate(x, cos, sin):
-    """Turn each pair of x (B, T, heads, head_dim) by its angle. Pair i is (x[i], x[i + head_dim / 2]): "rotate half"."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    """Turn each pair of x (B, T, heads, head_dim) by its angle. Pair i is (x[i], x[i + head_dim / 2]): "rotate half".
+
+    (a, b) -> (a cos - b sin, b cos + a sin); rolling by half the width puts each b where its a is, and the reverse.
+    """
+    y = x.float()
+    return torch.addcmul(y * cos, y.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -141,9 +182,10 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         kv, d = self.config.num_key_value_heads, self.config.head_dim
         group = self.config.num_attention_heads // kv
-        q = rotate(self.q_proj(x).view(B, T, kv * group, d), cos, sin)
-        k = rotate(self.k_proj(x).view(B, T, kv, d), cos, sin).transpose(1, 2)         # (B, kv, T, d)
-        v = self.v_proj(x).view(B, T, kv, d).transpose(1, 2)
+        q, k, v = products(x, self.q_proj, self.k_proj, self.v_proj)
+        q = rotate(q.view(B, T, kv * group, d), cos, sin)
+        k = rotate(k.view(B, T, kv, d), cos, sin).transpose(1, 2)                      # (B, kv, T, d)
+        v = v.view(B, T, kv, d).transpose(1, 2)
         if cache is not None:
             end = cache.length + T
             cache.k[layer, :, :, cache.length:end] = k
@@ -154,7 +196,7 @@ class Attention(nn.Module):
         q = q.view(B, T, kv, group, d).permute(0, 2, 3, 1, 4).reshape(B, kv, group * T, d)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         y = y.view(B, kv, group, T, d).permute(0, 3, 1, 2, 4).reshape(B, T, kv * group * d)
-        return self.o_proj(y)
+        return products(y, self.o_proj)[0]
 
 
 class MLP(nn.Module):
@@ -167,7 +209,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = products(x, self.gate_proj, self.up_proj)
+        return products(F.silu(gate) * up, self.down_proj)[0]
 
 
 class Block(nn.Module):
@@ -196,6 +239,7 @@ class Llama(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.packed_head = None
         self.draft_vocabulary = None              # (K,) ids, or None: all. A drafter that proposes only these is cheaper
         for name, weight in self.named_parameters():
             if weight.dim() == 2 and not weight.is_meta:
@@ -228,6 +272,8 @@ class Llama(nn.Module):
                 positions = (columns - cache.start[:, None]).clamp(min=0)
             group = self.config.num_attention_heads // self.config.num_key_value_heads
             mask = mask.view(-1, 1, 1, T, past + T).expand(-1, 1, group, T, past + T).flatten(2, 3)
+            # What is added to the scores: made once, where a mask of booleans would be turned into it in each layer.
+            mask = torch.zeros(mask.shape, device=tokens.device, dtype=self.embed_tokens.weight.dtype).masked_fill(~mask, float("-inf"))
         cos, sin = rotary_tables(self.config, positions)
         x = self.embed_tokens(tokens)                                                  # (B, T, D)
         for layer, block in enumerate(self.layers):
@@ -252,7 +298,7 @@ class Llama(nn.Module):
         losslessness, which allows q = 0, and a head of 8,192 rows instead of 49,152 (FR-Spec, arXiv 2502.14856).
         """
         ids = self.draft_vocabulary
-        logits = F.linear(hidden, self.head_weight(ids))
+        logits = self.packed_head(hidden)[0] if self.packed_head else F.linear(hidden, self.head_weight(ids))
         if ids is None:
             return logits
         full = logits.new_full((*logits.shape[:-1], self.config.vocab_size), float("-inf"))
@@ -264,7 +310,34 @@ class Llama(nn.Module):
 
     def parameter_count(self):
         """Number of parameters; a tied head is counted once."""
-        return sum(weight.numel() for weight in self.parameters())
+        packed = [linear.packed for linear in self.modules() if getattr(linear, "packed", None)]
+        if self.packed_head and not self.config.tie_word_embeddings:
+            packed.append(self.packed_head)
+        return sum(weight.numel() for weight in self.parameters()) + sum(weights.count for weights in packed)
+
+    def pack(self):
+        """Make passes over few tokens cheaper on a CPU, for decoding only; returns self. The one switch of it.
+
+        The layers' weights are replaced by packed ones, which cannot be trained, changed or saved; the embedding, whose
+        rows are looked up, stays, so a tied head is there twice (113 of 538 MB for SmolLM2-135M). No effect where the
+        library for it is missing (ARM), or on a GPU, where nn.Linear is at the memory's limit already.
+        """
+        x86 = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
+        if self.embed_tokens.weight.device.type != "cpu" or not x86:
+            return self
+        self.requires_grad_(False)
+        for block in self.layers:
+            attention, mlp = block.self_attn, block.mlp
+            for linears in ((attention.q_proj, attention.k_proj, attention.v_proj), (attention.o_proj,),
+                            (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)):
+                packed = Packed(*(linear.weight for linear in linears))
+                for linear in linears:
+                    linear.weight = None          # frees the plain copy at once: never two of the whole model
+                linears[0].packed = packed
+        self.packed_head = Packed(self.head_weight(self.draft_vocabulary))
+        if not self.config.tie_word_embeddings:
+            self.lm_head.weight = None
+        return self
 
 
 # ---- From logits to a distribution -----------------------------------------------------------------------------------
@@ -390,6 +463,8 @@ def save(llama, folder):
 
     Each file is written under another name and renamed: a kill leaves the last good one.
     """
+    if llama.packed_head:
+        raise ValueError(f"{folder}: a packed model cannot be saved; load it again and save that")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     keys = asdict(llama.config)

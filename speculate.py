@@ -48,6 +48,58 @@ class Generation:
         return (len(self.tokens) - 1) / self.target_calls if self.target_calls else float("nan")
 
 
+# ---- How many tokens to draft ----------------------------------------------------------------------------------------
+
+class AutoGamma:
+    """Chooses gamma before each block from the costs of the passes on this machine and the acceptance rate so far.
+
+    All costs are in plain steps (one target pass over one token): draft_cost one drafter step, verify_costs[T] a target
+    pass over T tokens. A block of gamma costs gamma * draft_cost + verify_costs[gamma + 1] and gives, if tokens are
+    accepted independently at rate alpha, losses.implied_tau(alpha, gamma) tokens: the best ratio wins, gamma 0 included.
+
+    A useless drafter must not cost much: `excess` is what was spent beyond plain decoding of the same tokens, and no
+    block is drafted whose worst case (all refused) would take it above 3 steps and 1.5 % of the tokens made. So 256
+    tokens never cost more than 1.03 times plain decoding, whatever the drafter writes.
+    """
+
+    def __init__(self, draft_cost, verify_costs):
+        self.draft_cost, self.verify_costs = draft_cost, verify_costs
+        self.accepted, self.drafted = 1.0, 2.0    # before anything is known: one in two
+        self.excess, self.tokens, self.idle = 0.0, 0, 0
+
+    def cost(self, gamma):
+        """Of one block, in plain steps."""
+        return gamma * self.draft_cost + self.verify_costs[gamma + 1]
+
+    def choose(self):
+        """gamma of the next block."""
+        alpha = min(self.accepted / self.drafted, 0.99)
+        gammas = range(len(self.verify_costs) - 1)
+        gamma = max(gammas, key=lambda gamma: float(losses.implied_tau(alpha, gamma)) / self.cost(gamma))
+        if gamma == 0 and self.idle >= 16:        # the text may have become easier: look again now and then
+            gamma = 1
+        allowed = 3 + 0.015 * self.tokens
+        while gamma and self.excess + self.cost(gamma) - 1 > allowed:
+            gamma -= 1
+        return gamma
+
+    def update(self, gamma, accepted, drafted, new_tokens):
+        """Learn from a block: `accepted` of `drafted` examined guesses were kept, which made new_tokens."""
+        self.accepted, self.drafted = 0.97 * self.accepted + accepted, 0.97 * self.drafted + drafted    # newer blocks count more
+        self.excess += self.cost(gamma) - new_tokens
+        self.tokens += new_tokens
+        self.idle = 0 if gamma else self.idle + 1
+
+
+def measured_gamma(target, draft, largest=8):
+    """An AutoGamma with the costs on this machine, measured in under a second."""
+    step = pass_seconds(target, 1, repeats=3)
+    widths = [1, largest // 2 + 1, largest + 1]   # in between they are taken to lie on straight lines
+    costs = [1.0] + [pass_seconds(target, width, repeats=3) / step for width in widths[1:]]
+    verify = np.interp(range(largest + 2), widths, costs).tolist()
+    return AutoGamma(pass_seconds(draft, 1) / step, verify)
+
+
 # ---- The two loops ---------------------------------------------------------------------------------------------------
 
 def check_inputs(target, draft, tokens, max_new_tokens, gamma, temperature, top_p):
@@ -58,7 +110,7 @@ def check_inputs(target, draft, tokens, max_new_tokens, gamma, temperature, top_
     if tokens.shape[1] + max_new_tokens > context:
         raise ValueError(f"a prompt of {tokens.shape[1]} tokens and {max_new_tokens} new ones exceed the target's context of "
                          f"{context}: shorten the prompt or lower --max-new-tokens")
-    if max_new_tokens < 1 or gamma < 0 or temperature < 0 or not 0 < top_p <= 1:
+    if max_new_tokens < 1 or (isinstance(gamma, int) and gamma < 0) or temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"max_new_tokens {max_new_tokens} must be at least 1, gamma {gamma} and temperature {temperature} at least "
                          f"0, top_p {top_p} above 0 and at most 1")
     if draft is not None and draft.config.vocab_size != target.config.vocab_size:
@@ -108,7 +160,8 @@ def speculative_stream(target, draft, tokens, max_new_tokens, gamma, temperature
         # (1) The drafter writes its tokens, keeping q at each. One fewer than what is left to write, since the
         #     block adds one token of the target's: so nothing runs past max_new_tokens or the caches' room.
         guesses, q = [], []
-        for _ in range(min(gamma, max_new_tokens - len(made.tokens) - 1)):
+        width = min(gamma if isinstance(gamma, int) else gamma.choose(), max_new_tokens - len(made.tokens) - 1)
+        for _ in range(width):
             q.append(distribution(draft, draft_cache, (text + guesses)[draft_cache.length:], 1)[0])
             guesses.append(model.sample(q[-1][None], generator).item())
 
@@ -144,6 +197,8 @@ def speculative_stream(target, draft, tokens, max_new_tokens, gamma, temperature
 
         # (5) Keep the block, and let both caches forget what was not kept. The newest token has been read by
         #     neither; a drafter that stopped early may lack one more.
+        if not isinstance(gamma, int):
+            gamma.update(width, kept, kept + refused, len(block))
         text += block
         made.tokens += block
         made.kinds += kinds
@@ -167,7 +222,7 @@ def autoregressive_generate(target, tokens, max_new_tokens, temperature, top_p, 
 def speculative_generate(target, draft, tokens, max_new_tokens, gamma, temperature, top_p, eos_ids=(), generator=None):
     """Speculative decoding of tokens (1, T) int64 -> Generation, whose text is distributed as the target's own.
 
-    gamma: tokens drafted a block, 0 is plain decoding. temperature 0 is greedy. eos_ids end the text; empty, nothing
+    gamma: tokens drafted a block, 0 is plain decoding; or an AutoGamma, which chooses it block by block. temperature 0 is greedy. eos_ids end the text; empty, nothing
     does. generator: a torch.Generator on the tokens' device, None the global one. ValueError: another vocabulary, or
     no room in the target's context.
     """
@@ -212,7 +267,8 @@ def answer(pair, messages, args, style):
     target, draft, tok, device = pair
     tokens = torch.tensor([tok.chat_prompt(messages)], device=device)
     begin = time.perf_counter()
-    made, text = print_stream(speculative_stream(target, draft, tokens, args.max_new_tokens, args.gamma[0], args.temperature,
+    gamma = args.gamma[0]
+    made, text = print_stream(speculative_stream(target, draft, tokens, args.max_new_tokens, gamma, args.temperature,
                                                  args.top_p, tok.eos_ids), tok, style)
     seconds = time.perf_counter() - begin
     legend = {"colour": " ".join(f"{COLOURS[kind]}{kind}\033[0m" for kind in COLOURS) + "  ",
@@ -220,7 +276,7 @@ def answer(pair, messages, args, style):
     alpha = f"{made.accepted / made.drafted:.2f}" if made.drafted else "none drafted"
     tau = f"{made.tau:.2f}" if made.target_calls else "no block"
     print(f"--- {legend}{len(made.tokens)} tokens in {seconds:.1f} s ({len(made.tokens) / seconds:.1f}/s)  "
-          f"gamma {args.gamma[0]}  tau {tau}  alpha {alpha}", file=sys.stderr if style == "plain" else sys.stdout)
+          f"gamma {gamma if isinstance(gamma, int) else 'auto'}  tau {tau}  alpha {alpha}", file=sys.stderr if style == "plain" else sys.stdout)
     return text
 
 
@@ -394,7 +450,9 @@ def main():
     what.add_argument("--prompt", help="answer this and stop")
     what.add_argument("--chat", action="store_true", help="a conversation in the terminal")
     what.add_argument("--bench", type=Path, metavar="FILE", help="time all prompts of a JSON lines file against plain decoding")
-    parser.add_argument("--gamma", type=int, nargs="+", default=[3], help="tokens drafted a block (default 3); several for --bench")
+    parser.add_argument("--gamma", type=lambda text: text if text == "auto" else int(text), nargs="+",
+                        help="tokens drafted a block (default 3, --chat auto); several for --bench. auto measures the passes at start and "
+                             "follows the acceptance rate; above temperature 0 a seed then fixes the text's distribution, not the text")
     parser.add_argument("--temperature", type=float, default=None, help="0 is greedy (default 0.6; --bench 0)")
     parser.add_argument("--top-p", type=float, default=None, help="nucleus mass, 1 cuts nothing (default 0.9; --bench 1)")
     parser.add_argument("--max-new-tokens", type=int, default=None, help="default 256; --bench 128")
@@ -408,7 +466,10 @@ def main():
     for name, (ordinary, for_bench) in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, for_bench if args.bench else ordinary)
-    if min(args.gamma) < 1:
+    args.gamma = args.gamma or ["auto" if args.chat else 3]
+    if "auto" in args.gamma and args.bench:
+        raise ValueError("--bench needs a fixed --gamma: what auto chooses depends on the clock, so no two runs would be alike")
+    if "auto" not in args.gamma and min(args.gamma) < 1:
         raise ValueError(f"--gamma {min(args.gamma)}: a block drafts at least 1 token; for plain decoding see the column plain of --bench")
     if args.prompt is not None and not args.prompt.strip():
         raise ValueError("--prompt is empty: give the text to answer")
@@ -420,11 +481,13 @@ def main():
     if style == "plain":                          # in a pipe stdout carries the answer alone
         stdout, sys.stdout = sys.stdout, sys.stderr
     device, dtype = model.set_up(args)
-    target, draft = (model.load(folder, device, dtype) for folder in (args.target, args.draft))
+    target, draft = (model.load(folder, device, dtype).pack() for folder in (args.target, args.draft))
     print(f"target {target.parameter_count() / 1e6:.1f} M parameters, drafter {draft.parameter_count() / 1e6:.1f} M")
     if style == "plain":
         sys.stdout = stdout
     pair = (target, draft, tok, device)
+    if args.gamma[0] == "auto":
+        args.gamma[0] = measured_gamma(target, draft)
     if args.bench:
         bench(pair, args)
         print(f"next: python speculate.py --target {args.target} --draft {args.draft} --chat")

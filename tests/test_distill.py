@@ -189,6 +189,32 @@ def test_the_chunked_backward_equals_whole_logits(folders, records, name, monkey
         torch.testing.assert_close(ours, weight.grad, rtol=1e-3, atol=2e-6)
 
 
+def test_with_a_draft_vocabulary_both_are_renormalised_over_it_and_some_others(folders, records):
+    tok = tokenizer.load(folders / "target")
+    target, draft = model.load(folders / "target").requires_grad_(False), model.load(folders / "draft")
+    examples = train.read_examples(records, tok, 512)
+    ids = distill.draft_vocabulary(examples, 24, tok)
+    counts = torch.tensor([t for e in examples for t in e.tokens[e.first:]]).bincount(minlength=tok.vocab_size)
+    assert len(set(ids.tolist())) == 24 and set(tok.eos_ids) <= set(ids.tolist())
+    others = [i for i in range(tok.vocab_size) if i not in ids.tolist()]
+    assert sorted(counts[ids].tolist())[1:] >= sorted(counts[others].tolist(), reverse=True)[:23][::-1]
+    draft.draft_vocabulary = ids
+    states = distill.TargetStates(target, folders / "target", examples, torch.float32)
+    batch = examples[3:8]
+    value, _ = distill.distillation_backward(draft, target, states, batch, losses.LOSSES["kld"], 1.0, 7, "cpu", torch.Generator().manual_seed(3))
+    gradients = [weight.grad.clone() for weight in draft.parameters()]
+    draft.zero_grad()
+    drawn = torch.tensor(others)[torch.randperm(len(others), generator=torch.Generator().manual_seed(3))[:3]]
+    ids = torch.cat([ids, drawn])
+    tokens, where = train.collate(batch, "cpu")
+    expected = losses.LOSSES["kld"](draft.whole_head(draft.hidden(tokens)[where])[:, ids],
+                                    target.head(target.hidden(tokens)[where].half().float())[:, ids]).mean()
+    expected.backward()
+    assert value == pytest.approx(expected.item(), rel=1e-3)
+    for ours, weight in zip(gradients, draft.parameters()):
+        torch.testing.assert_close(ours, weight.grad, rtol=1e-3, atol=2e-6)
+
+
 def test_target_states_are_computed_once_and_survive_in_the_cache(folders, records, monkeypatch):
     tok = tokenizer.load(folders / "target")
     target = model.load(folders / "target").requires_grad_(False)

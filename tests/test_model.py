@@ -96,6 +96,39 @@ def test_a_parameter_changed_in_place_changes_the_output():
     assert not torch.allclose(before, llama(torch.arange(5)[None]))
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_a_packed_model_gives_the_same_logits_for_any_number_of_tokens(tied, dtype, close, tmp_path):
+    plain = tiny_llama(0, vocab=130, layers=2, hidden=32, heads=4, kv_heads=2, tied=tied).to(dtype)
+    model.save(plain, tmp_path)
+    packed = model.load(tmp_path, dtype=dtype).pack()
+    assert packed.parameter_count() == plain.parameter_count() and packed.layers[0].mlp.up_proj.weight is None
+    caches = [model.KVCache(plain.config, 1, 64, dtype=dtype) for _ in range(2)]
+    generator = torch.Generator().manual_seed(0)
+    for width in (1, 2, 5, 6, 7, 16, 1, 20):
+        tokens = torch.randint(130, (1, width), generator=generator)
+        a, b = plain(tokens, caches[0]), packed(tokens, caches[1])
+        assert a.std() > 0.5 and (a - b).abs().max() <= close * a.abs().max()
+    with pytest.raises(ValueError, match="packed model cannot be saved"):
+        model.save(packed, tmp_path)
+
+
+def test_a_draft_vocabulary_is_kept_on_disk_and_leaves_no_probability_elsewhere(tmp_path):
+    llama = tiny_llama(0, vocab=50, layers=1)
+    tokens = torch.tensor([[4, 7, 7]])
+    whole = llama(tokens)
+    llama.draft_vocabulary = torch.tensor([9, 3, 40])
+    model.save(llama, tmp_path)
+    for loaded in (model.load(tmp_path), model.load(tmp_path).pack()):
+        logits = loaded(tokens)
+        torch.testing.assert_close(logits[..., [3, 9, 40]], whole[..., [3, 9, 40]])
+        assert torch.isinf(logits).sum() == 3 * 47 and model.probabilities(logits[0]).sum(-1).allclose(torch.ones(3))
+    for content in ("[1, 50]", "[]", "{}", "[1", '["a"]'):
+        (tmp_path / "draft_vocabulary.json").write_text(content)
+        with pytest.raises(ValueError, match="draft_vocabulary.json: expected a list"):
+            model.load(tmp_path)
+
+
 def test_a_full_cache_is_refused_in_one_sentence():
     llama = random_llama(SHAPES[0])
     with pytest.raises(ValueError, match="exceed its 4 columns"):

@@ -93,6 +93,16 @@ def test_speculative_sampling_matches_the_target_distribution(drafter, gamma, sh
     assert p_value * len(SETTINGS) > 0.01      # Bonferroni: 27 true hypotheses fail this together once in a hundred seeds
 
 
+def test_a_drafter_with_a_vocabulary_of_its_own_changes_no_probability(monkeypatch):
+    draft = model.Llama(TARGET.config).requires_grad_(False)
+    draft.load_state_dict(DRAFTERS["unrelated"].state_dict())
+    draft.draft_vocabulary = torch.tensor([2, 0])                 # it can never propose token 1
+    monkeypatch.setitem(DRAFTERS, "part", draft)
+    assert (model.probabilities(draft(torch.tensor([PROMPT]))[0])[:, 1] == 0).all()
+    p_value, kinds = measure(speculate.speculative_generate, "part", 3, 1.0, 1.0)
+    assert min(kinds[kind] for kind in ("accepted", "corrected", "bonus")) > 100 and p_value > 0.001, (kinds, p_value)
+
+
 def mutant(old, new):
     """speculative_generate with one line of the loop replaced: a planted bug."""
     source = inspect.getsource(speculate.speculative_stream)
@@ -122,7 +132,7 @@ def test_the_losslessness_test_sees_planted_bugs(bug):
 
 
 def test_a_loop_that_drafts_nothing_is_seen():
-    broken = mutant("for _ in range(min(gamma, max_new_tokens - len(made.tokens) - 1)):", "for _ in range(0):")
+    broken = mutant("for _ in range(width):", "for _ in range(0):")
     _, kinds = measure(broken, "unrelated", 3, 1.0, 1.0, samples=20)
     assert kinds["accepted"] == 0  # what the assertions on kinds above refuse
 
@@ -373,3 +383,47 @@ def test_a_drafter_of_another_tokenizer_with_as_many_tokens_is_refused(folders, 
         vocab_size=vocab, model_type="bpe", byte_fallback=True, hard_vocab_limit=False, minloglevel=2)
     assert_refused(run_script("speculate.py", "--target", folders / "target", "--draft", tmp_path / "draft", "--prompt", "a"),
                    "another tokenizer")
+
+
+# ---- gamma chosen by itself ------------------------------------------------------------------------------------------
+
+class Recorded(speculate.AutoGamma):
+    """Also keeps the gamma of each block that was decoded."""
+
+    def update(self, gamma, accepted, drafted, new_tokens):
+        self.gammas = getattr(self, "gammas", []) + [gamma]
+        super().update(gamma, accepted, drafted, new_tokens)
+
+
+@pytest.mark.parametrize("draft_cost", [0.02, 0.1, 0.5])
+@pytest.mark.parametrize("slope", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_auto_with_a_useless_drafter_costs_at_most_three_per_cent(draft_cost, slope, temperature):
+    """Counted in passes times their costs, probing included: no clock."""
+    auto = Recorded(draft_cost, [1.0] + [1 + slope * n for n in range(9)])
+    made = speculate.speculative_generate(BIG[0], BIG[1], PROMPTS[1], 41, auto, temperature, 1.0, (), torch.Generator().manual_seed(0))
+    for _ in range(6):                            # 6 times 40 tokens and the first: the chooser goes on from text to text, as in a chat
+        more = speculate.speculative_generate(BIG[0], BIG[1], PROMPTS[2], 37, auto, temperature, 1.0, (), torch.Generator().manual_seed(1))
+        made.target_calls += more.target_calls
+    assert len(auto.gammas) == made.target_calls and auto.tokens == 40 + 6 * 36
+    spent = sum(auto.cost(gamma) for gamma in auto.gammas)
+    assert any(auto.gammas) and spent <= 1.03 * auto.tokens
+
+
+def test_auto_takes_a_long_gamma_for_a_good_drafter_and_leaves_a_bad_one():
+    costs = [1.0] + [1 + 0.05 * n for n in range(9)]
+    chosen = {}
+    for drafter in ("equal", "unrelated"):
+        chosen[drafter] = Recorded(0.05, costs)
+        made = speculate.speculative_generate(BIG[0], PAIRS[drafter], PROMPTS[0], 60, chosen[drafter], 0.0, 1.0)
+        assert made.tokens == speculate.autoregressive_generate(BIG[0], PROMPTS[0], 60, 0.0, 1.0).tokens
+    assert chosen["equal"].gammas[-3] == 8 and sum(chosen["equal"].gammas) > 40
+    assert sum(chosen["unrelated"].gammas[-20:]) <= 3 and chosen["unrelated"].excess < 4
+
+
+def test_measured_costs_are_those_of_the_passes(monkeypatch):
+    seconds = {(BIG[0], 1): 0.1, (BIG[0], 5): 0.14, (BIG[0], 9): 0.2, (BIG[1], 1): 0.01}
+    monkeypatch.setattr(speculate, "pass_seconds", lambda llama, width, repeats=5: seconds[llama, width])
+    auto = speculate.measured_gamma(BIG[0], BIG[1])
+    assert auto.draft_cost == pytest.approx(0.1)
+    assert auto.verify_costs[1:] == pytest.approx([1, 1.1, 1.2, 1.3, 1.4, 1.55, 1.7, 1.85, 2.0])
