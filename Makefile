@@ -33,7 +33,7 @@ TOKENS = --tokenizer $(D)/tokenizer --context 128
 demo: .venv/ready
 	@mkdir -p $(S); test -z "`ls $(S)`" || echo "done before and skipped now:" `ls -tr $(S)` "(rm -r $(D) starts afresh)"
 	@$(MAKE) --no-print-directory $(S)/bench
-	$(RUN) distill.py report --dir $(D) --out out/demo.png --check
+	$(RUN) data/report.py --dir $(D) --out out/demo.png --check
 	$(RUN) speculate.py --target $(D)/target --draft $(D)/drafter-aligned --prompt "What does a rabbit look like?" --threads 1 --trace colour
 
 $(S)/data:

@@ -101,7 +101,7 @@ def test_a_parameter_changed_in_place_changes_the_output():
 def test_a_packed_model_gives_the_same_logits_for_any_number_of_tokens(tied, dtype, close, tmp_path):
     plain = tiny_llama(0, vocab=130, layers=2, hidden=32, heads=4, kv_heads=2, tied=tied).to(dtype)
     model.save(plain, tmp_path)
-    packed = model.load(tmp_path, dtype=dtype).pack()
+    packed = model.load(tmp_path, dtype=dtype).pack(at_least=0)
     assert packed.parameter_count() == plain.parameter_count() and packed.layers[0].mlp.up_proj.weight is None
     caches = [model.KVCache(plain.config, 1, 64, dtype=dtype) for _ in range(2)]
     generator = torch.Generator().manual_seed(0)
@@ -119,7 +119,7 @@ def test_a_draft_vocabulary_is_kept_on_disk_and_leaves_no_probability_elsewhere(
     whole = llama(tokens)
     llama.draft_vocabulary = torch.tensor([9, 3, 40])
     model.save(llama, tmp_path)
-    for loaded in (model.load(tmp_path), model.load(tmp_path).pack()):
+    for loaded in (model.load(tmp_path), model.load(tmp_path).pack(at_least=0)):
         logits = loaded(tokens)
         torch.testing.assert_close(logits[..., [3, 9, 40]], whole[..., [3, 9, 40]])
         assert torch.isinf(logits).sum() == 3 * 47 and model.probabilities(logits[0]).sum(-1).allclose(torch.ones(3))
