@@ -350,6 +350,9 @@ def candidates(logits, temperature=1.0, top_p=1.0):
     crosses kept, renormalised; 1 cuts nothing. temperature: a number, or one a row (N,); 0 is greedy, one-hot.
     K is as large as the widest row needs; what a narrower row does not need has p = 0.
     """
+    if isinstance(temperature, (int, float)) and temperature == 0:      # a short cut: no softmax where nothing is weighed
+        ids = logits.argmax(-1, keepdim=True)
+        return torch.ones(ids.shape, device=ids.device), ids
     temperature = torch.as_tensor(temperature, dtype=torch.float32, device=logits.device).expand(len(logits))
     greedy = temperature == 0
     # A greedy row's temperature is put to 1 only to keep the division finite: its result is overwritten below.
@@ -378,7 +381,7 @@ def probabilities(logits, temperature=1.0, top_p=1.0):
     Both target and drafter go through here, so that p and q are shaped alike before they are compared.
     """
     p, ids = candidates(logits, temperature, top_p)
-    return p if top_p >= 1 else torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, ids, p)
+    return p if top_p >= 1 and p.shape == logits.shape else torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, ids, p)
 
 
 def sample(p, generator=None):

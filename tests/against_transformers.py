@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import distill  # noqa: E402
 import model  # noqa: E402
 import speculate  # noqa: E402
 from data import files, tokenizer  # noqa: E402
@@ -153,6 +154,47 @@ def passes(args, packed, device, widths=(1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)
     return {"widths": list(widths), **costs}
 
 
+def generation(args):
+    """Tokens a second of distill.py generate and of transformers' generate in batches: same prompts, same sampling."""
+    import transformers
+    transformers.logging.set_verbosity_error()
+    device, dtype = model.set_up(args)
+    tok, target = tokenizer.load(args.target), model.load(args.target, device, dtype)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype).to(device).eval()
+    prompts = [tok.chat_prompt(prompt["messages"]) for prompt in files.read_prompts(args.prompts)]
+    prompts = [prompts[i % len(prompts)] for i in range(args.generation)]
+    rates = {}
+
+    def ours(batch):
+        made = distill.generate_batch(target, prompts, [0.7] * len(prompts), 0.95, args.max_new_tokens, set(tok.eos_ids),
+                                      torch.Generator(device).manual_seed(args.seed), batch)
+        return sum(len(ids) + ended for _, ids, ended in made)
+
+    def transformers_batches(batch):
+        count, ordered = 0, sorted(prompts, key=len)         # like lengths together: little padding
+        for at in range(0, len(ordered), batch):
+            rows = ordered[at:at + batch]
+            width = max(map(len, rows))
+            tokens = torch.tensor([[tok.pad_id] * (width - len(row)) + row for row in rows], device=device)
+            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+            made = theirs.generate(tokens, attention_mask=mask, max_new_tokens=args.max_new_tokens, do_sample=True, temperature=0.7, top_p=0.95,
+                                   top_k=0, repetition_penalty=1.0, eos_token_id=list(tok.eos_ids), pad_token_id=tok.pad_id)[:, width:]
+            for row in made.tolist():
+                count += next((i + 1 for i, token in enumerate(row) if token in tok.eos_ids), len(row))
+        return count
+
+    for batch in args.batch_sizes:
+        for name, run in (("distill.py generate", ours), ("transformers", transformers_batches)):
+            if batch > len(prompts):
+                continue
+            begin = time.perf_counter()
+            count = run(batch)
+            rates.setdefault(name, {})[batch] = count / (time.perf_counter() - begin)
+            print(f"{name:20} batch {batch:4d}: {count} tokens, {rates[name][batch]:.1f} tokens/s", flush=True)
+    best = {name: max(values.values()) for name, values in rates.items()}
+    print(f"best against best: {best['distill.py generate'] / best['transformers']:.2f} times ({args.dtype})")
+
+
 def draw(args, rows, costs):
     import matplotlib
     matplotlib.use("Agg")
@@ -187,8 +229,11 @@ def main():
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--json", type=Path, default=Path("out/against.json"))
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the pictures (default out)")
+    parser.add_argument("--generation", type=int, metavar="N", help="instead: batch generation of N answers, for --batch-sizes")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[32, 64, 128, 256])
     model.machine_flags(parser)
-    compare(parser.parse_args())
+    args = parser.parse_args()
+    generation(args) if args.generation else compare(args)
 
 
 if __name__ == "__main__":
