@@ -97,25 +97,37 @@ class KVCache:
 
 # A pass over few tokens hardly computes: it waits for the weights to come from memory, 538 MB of them for SmolLM2-135M,
 # so it should cost the same for 1 token as for 8. nn.Linear's matrix product does not do that on a CPU: for one token it
-# reads at half the memory's speed, for several it copies each weight into its own order first, on every call. pack()
-# stores the weights in that order once and for all (blocks of 64 outputs, one after the other), instead of the plain
-# order, not beside it.
-# Measured: see README.md, "Where the time goes".
+# reads at half the memory's speed, for several it copies each weight into another order first, on every call. What to do
+# instead depends on the number of tokens (README.md, "Where the time goes", has the measurements):
+# - one token: the weight as it is, seen as blocks of up to 192 rows, one batched product of blocks and token. A block fits
+#   into a core's cache, and a core reads many rows at once, which is what keeps the memory busy.
+# - more: oneDNN's own order (64 outputs of an input side by side), made once instead of at every call.
 
 class Packed:
-    """The weights (out_i, in) of Linears that read the same input, as one matrix in the order the CPU reads them in."""
+    """The weights (out_i, in) of Linears that read the same input, as one matrix in the form that is fast for few tokens."""
 
-    def __init__(self, *weights):
+    def __init__(self, *weights, tokens):
+        """tokens: how many a pass will usually have."""
         self.sizes = [len(weight) for weight in weights]
-        self.count = sum(weight.numel() for weight in weights)
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat([weight.detach() for weight in weights]), 8)
-        self.six = torch.zeros(6, weights[0].shape[1], dtype=weights[0].dtype)
+        weight = torch.cat([weight.detach() for weight in weights])
+        self.count, self.blocks = weight.numel(), None
+        if tokens == 1:
+            rows = max(n for n in range(1, min(192, len(weight)) + 1) if len(weight) % n == 0)
+            self.weight, self.blocks = weight, weight.view(-1, rows, weight.shape[1])
+        else:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, tokens)
+            self.six = torch.zeros(6, weight.shape[1], dtype=weight.dtype)
 
     def __call__(self, x):
         """x (..., in) -> a list of (..., out_i)."""
         rows = x.reshape(-1, x.shape[-1])
-        if len(rows) < 6:
-            # Fewer than 6 rows take longer than 6 do: the library's kernel for 6 reads the memory faster.
+        if self.blocks is not None and len(rows) <= 4:
+            y = torch.bmm(self.blocks, rows.t().expand(len(self.blocks), -1, -1))      # (blocks, rows of one, tokens)
+            y = y.view(-1, len(rows)).t()
+        elif self.blocks is not None:
+            y = F.linear(rows, self.weight)
+        elif len(rows) < 6:
+            # Fewer than 6 tokens take longer than 6 do: the library's kernel for 6 reads the memory faster.
             self.six[:len(rows)] = rows
             y = torch.ops.mkldnn._linear_pointwise(self.six, self.weight, None, "none", [], "")[:len(rows)]
         else:
@@ -315,8 +327,11 @@ class Llama(nn.Module):
             packed.append(self.packed_head)
         return sum(weight.numel() for weight in self.parameters()) + sum(weights.count for weights in packed)
 
-    def pack(self, at_least=8_000_000):
+    def pack(self, tokens=8, at_least=8_000_000):
         """Make passes over few tokens cheaper on a CPU, for decoding only; returns self. The one switch of it.
+
+        tokens: how many a pass will usually have: 1 for plain decoding, more (up to about 16) for verification. Passes over
+        other numbers of tokens give the same, only slower.
 
         The layers' weights are replaced by packed ones, which cannot be trained, changed or saved; the embedding, whose
         rows are looked up, stays, so a tied head is there twice (113 of 538 MB for SmolLM2-135M). No effect where the
@@ -331,11 +346,11 @@ class Llama(nn.Module):
             attention, mlp = block.self_attn, block.mlp
             for linears in ((attention.q_proj, attention.k_proj, attention.v_proj), (attention.o_proj,),
                             (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)):
-                packed = Packed(*(linear.weight for linear in linears))
+                packed = Packed(*(linear.weight for linear in linears), tokens=tokens)
                 for linear in linears:
                     linear.weight = None          # frees the plain copy at once: never two of the whole model
                 linears[0].packed = packed
-        self.packed_head = Packed(self.head_weight(self.draft_vocabulary))
+        self.packed_head = Packed(self.head_weight(self.draft_vocabulary), tokens=tokens)
         if not self.config.tie_word_embeddings:
             self.lm_head.weight = None
         return self

@@ -370,8 +370,11 @@ def summarise(task, gamma, runs, args, size_ratio, seed):
             "greedy_mismatches": sum(a.tokens != b.tokens for a, _, b, _ in runs) if greedy else None}
 
 
-def bench(pair, args):
-    """Time every prompt of a file with plain decoding and with each gamma, alternated prompt by prompt in this process."""
+def bench(pair, plain, args):
+    """Time every prompt of a file with plain decoding and with each gamma, alternated prompt by prompt in this process.
+
+    plain: the target again, for plain decoding.
+    """
     target, draft, tok, device = pair
     prompts = files.read_prompts(args.bench)
     if args.limit:
@@ -384,7 +387,7 @@ def bench(pair, args):
         except ValueError as error:
             raise ValueError(f"{args.bench}, prompt {number}: {error}") from None
     size_ratio = draft.parameter_count() / target.parameter_count()
-    step = pass_seconds(target, 1)
+    step = pass_seconds(plain, 1)
     draft_step = pass_seconds(draft, 1) / step
     verify = {gamma: pass_seconds(target, gamma + 1) / step for gamma in args.gamma}
     print(f"target step {step * 1e3:.1f} ms; over it, a drafter step is {draft_step:.3f}, verification "
@@ -397,12 +400,13 @@ def bench(pair, args):
         rest = (args.temperature, args.top_p, tok.eos_ids, generator)
         begin = time.perf_counter()
         if gamma is None:
-            made = autoregressive_generate(target, tokens, args.max_new_tokens, *rest)
+            made = autoregressive_generate(plain, tokens, args.max_new_tokens, *rest)
         else:
             made = speculative_generate(target, draft, tokens, args.max_new_tokens, gamma, *rest)
         return made, time.perf_counter() - begin
 
-    timed(args.gamma[0], 0)                       # warms up, not counted
+    for gamma in (None, args.gamma[0]):           # warms up, not counted
+        timed(gamma, 0)
     runs = {gamma: [] for gamma in args.gamma}
     progress, mismatches, result = files.Progress(len(prompts), "prompts"), [], None
     for number, prompt in enumerate(prompts):
@@ -481,7 +485,7 @@ def main():
     if style == "plain":                          # in a pipe stdout carries the answer alone
         stdout, sys.stdout = sys.stdout, sys.stderr
     device, dtype = model.set_up(args)
-    target, draft = (model.load(folder, device, dtype).pack() for folder in (args.target, args.draft))
+    target, draft = model.load(args.target, device, dtype).pack(), model.load(args.draft, device, dtype).pack(tokens=1)
     print(f"target {target.parameter_count() / 1e6:.1f} M parameters, drafter {draft.parameter_count() / 1e6:.1f} M")
     if style == "plain":
         sys.stdout = stdout
@@ -489,7 +493,8 @@ def main():
     if args.gamma[0] == "auto":
         args.gamma[0] = measured_gamma(target, draft)
     if args.bench:
-        bench(pair, args)
+        # What speculation is compared with gets its own copy of the target, in the form that is best for one token a pass.
+        bench(pair, model.load(args.target, device, dtype).pack(tokens=1), args)
         print(f"next: python speculate.py --target {args.target} --draft {args.draft} --chat")
     elif args.chat:
         chat(pair, args, style)

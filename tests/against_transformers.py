@@ -32,7 +32,8 @@ def ways_of(args, device):
     import transformers
     transformers.logging.set_verbosity_error()
     tok = tokenizer.load(args.target)
-    target, draft = model.load(args.target, device).pack(), model.load(args.draft, device).pack()
+    target, draft = model.load(args.target, device).pack(), model.load(args.draft, device).pack(tokens=1)
+    single = model.load(args.target, device).pack(tokens=1)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(args.target, dtype=torch.float32).to(device).eval()
     assistant = transformers.AutoModelForCausalLM.from_pretrained(args.draft, dtype=torch.float32).to(device).eval()
     for llama in (theirs, assistant):             # only what is set here decides, nothing from generation_config.json
@@ -42,7 +43,7 @@ def ways_of(args, device):
         auto.draft_cost, " ".join(f"{cost:.2f}" for cost in auto.verify_costs[1:])))
 
     def plain(ids):
-        made = speculate.autoregressive_generate(target, torch.tensor([ids]), args.max_new_tokens, 0.0, 1.0, tok.eos_ids)
+        made = speculate.autoregressive_generate(single, torch.tensor([ids]), args.max_new_tokens, 0.0, 1.0, tok.eos_ids)
         return made.tokens, made.target_calls
 
     def speculative(gamma):
@@ -76,7 +77,54 @@ def ways_of(args, device):
     for gamma in args.gamma:
         ways[f"transformers, assisted, constant {gamma}"] = transformers_generate(schedule(gamma, 0.0), assistant_model=assistant)
     ways["transformers, prompt lookup 3"] = transformers_generate(prompt_lookup_num_tokens=3)
+    try:
+        ways["llama.cpp (compiled), plain"] = llama_cpp(args)
+    except ImportError as error:
+        print(f"no row of llama.cpp: pip install {error.name}")
     return ways, tok, target
+
+
+def llama_cpp(args):
+    """A compiled program on the same weights, for honesty's sake: function(prompt ids) -> (text, None), its tokens counted by it.
+
+    Writes them as an fp32 GGUF into the cache folder: the chat model's own file with every tensor dequantised.
+    """
+    import gguf
+    import xllamacpp
+    path = files.cache_dir("smollm2") / "fp32.gguf"
+    if not path.is_file():
+        source = gguf.GGUFReader(path.with_name("SmolLM2-135M-Instruct.Q4_1.gguf"))
+        with files.atomic(path) as temporary:
+            writer = gguf.GGUFWriter(temporary, "llama")
+            for field in source.fields.values():
+                if not field.name.startswith("GGUF.") and field.name not in ("general.architecture", "general.file_type", "general.quantization_version"):
+                    kind = field.types[0]
+                    writer.add_key_value(field.name, field.contents(), kind, field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None)
+            writer.add_file_type(0)
+            for tensor in source.tensors:
+                writer.add_tensor(tensor.name, np.ascontiguousarray(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+    settings = xllamacpp.CommonParams()
+    settings.model.path, settings.n_ctx, settings.n_parallel, settings.verbosity = str(path), 2048, 1, 0
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = torch.get_num_threads()
+    server = xllamacpp.Server(settings)
+
+    def run(ids):
+        said = server.handle_completions({"prompt": ids, "n_predict": args.max_new_tokens, "temperature": 0, "cache_prompt": False})
+        return Text(said["choices"][0]["text"], said["usage"]["completion_tokens"]), None
+    return run
+
+
+class Text(str):
+    """A text and the number of tokens it was made of."""
+
+    def __new__(cls, text, count):
+        self = super().__new__(cls, text)
+        self.count = count
+        return self
 
 
 def interval(tokens, seconds, base, picks):
@@ -105,10 +153,13 @@ def compare(args):
             begin = time.perf_counter()
             made[way], its_calls = ways[way](prompt)
             seconds[way].append(time.perf_counter() - begin)
-            tokens[way].append(len(made[way]))
+            tokens[way].append(made[way].count if isinstance(made[way], Text) else len(made[way]))
             calls[way].append(its_calls)
         for way in ways:
-            unequal[way].append(made[way] != made["transformers, plain"])
+            reference = made["transformers, plain"]
+            if isinstance(made[way], Text):
+                reference = tok.decode([token for token in reference if token not in tok.eos_ids])
+            unequal[way].append(made[way] != reference)
         progress.update(number + 1)
     tokens, seconds = ({way: np.array(values, dtype=float) for way, values in table.items()} for table in (tokens, seconds))
     picks = np.random.default_rng(args.seed).integers(len(ids), size=(2000, len(ids)))
@@ -135,7 +186,8 @@ def compare(args):
 @torch.inference_mode()
 def passes(args, packed, device, widths=(1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16), repeats=15):
     """Median milliseconds of one pass over `width` tokens after 200 others: packed weights, and nn.Linear, alternated."""
-    models = {"packed": packed, "nn.Linear": model.load(args.target, device)}
+    models = {"packed for several tokens": packed, "packed for one": model.load(args.target, device).pack(tokens=1),
+              "nn.Linear": model.load(args.target, device)}
     costs = {name: [] for name in models}
     for width in widths:
         tokens, cache = torch.zeros(1, width, dtype=torch.int64), model.KVCache(packed.config, 1, 220)
@@ -148,9 +200,9 @@ def passes(args, packed, device, widths=(1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)
                 seconds[name].append(time.perf_counter() - begin)
         for name in models:
             costs[name].append(float(np.median(seconds[name][1:])) * 1e3)
-    print("\npass over          " + " ".join(f"{width:6d}" for width in widths) + "  tokens")
+    print(f"\n{'pass over':29}" + " ".join(f"{width:6d}" for width in widths) + "  tokens")
     for name in models:
-        print(f"{name:12} ms    " + " ".join(f"{ms:6.1f}" for ms in costs[name]))
+        print(f"{name:26} ms" + " ".join(f"{ms:6.1f}" for ms in costs[name]))
     return {"widths": list(widths), **costs}
 
 
@@ -212,7 +264,7 @@ def draw(args, rows, costs):
     axes.set(xlabel="token rate over transformers' plain generate", title="Greedy decoding on two CPU cores" if not torch.cuda.is_available() else "Greedy decoding")
     figure.savefig(args.out / "bench.png", dpi=110)
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for name in ("nn.Linear", "packed"):
+    for name in [name for name in costs if name != "widths"]:
         axes.plot(costs["widths"], costs[name], marker="o", label=name)
     axes.set(xlabel="tokens in the pass", ylabel="milliseconds, median", title="Cost of one pass of the target", ylim=(0, None))
     axes.legend()

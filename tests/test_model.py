@@ -98,16 +98,17 @@ def test_a_parameter_changed_in_place_changes_the_output():
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
-def test_a_packed_model_gives_the_same_logits_for_any_number_of_tokens(tied, dtype, close, tmp_path):
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_a_packed_model_gives_the_same_logits_for_any_number_of_tokens(tied, dtype, close, tokens, tmp_path):
     plain = tiny_llama(0, vocab=130, layers=2, hidden=32, heads=4, kv_heads=2, tied=tied).to(dtype)
     model.save(plain, tmp_path)
-    packed = model.load(tmp_path, dtype=dtype).pack(at_least=0)
+    packed = model.load(tmp_path, dtype=dtype).pack(tokens, at_least=0)
     assert packed.parameter_count() == plain.parameter_count() and packed.layers[0].mlp.up_proj.weight is None
     caches = [model.KVCache(plain.config, 1, 64, dtype=dtype) for _ in range(2)]
     generator = torch.Generator().manual_seed(0)
     for width in (1, 2, 5, 6, 7, 16, 1, 20):
-        tokens = torch.randint(130, (1, width), generator=generator)
-        a, b = plain(tokens, caches[0]), packed(tokens, caches[1])
+        ids = torch.randint(130, (1, width), generator=generator)
+        a, b = plain(ids, caches[0]), packed(ids, caches[1])
         assert a.std() > 0.5 and (a - b).abs().max() <= close * a.abs().max()
     with pytest.raises(ValueError, match="packed model cannot be saved"):
         model.save(packed, tmp_path)
