@@ -370,13 +370,13 @@ def finetune(args):
     settings = {name: getattr(args, name) for name in ("loss", "samples", "baseline", "steps", "batch_size", "learning_rate", "warm_up", "weight_decay",
                 "context", "chunk", "seed", "dtype", "pretrain_context", "eval_records", "draft_vocabulary")} | {
                 "share": share, "records": f"{len(examples)} records, {examples[-1].offset} positions", **dataclasses.asdict(draft.config)}
-    step, seconds, out = 0, 0.0, args.out
+    step, seconds, positions, out = 0, 0.0, 0, args.out
     if args.resume and (out / "training.pt").is_file():
         state = train.read_checkpoint(out, settings)
         draft.load_state_dict(state["weights"])
         optimiser.load_state_dict(state["optimiser"])
         generator.set_state(state["generator"])
-        step, seconds = state["step"], state["seconds"]
+        step, seconds, positions = state["step"], state["seconds"], state["positions"]
         print(f"resuming {out} at step {step}")
     train.copy_tokenizer(args.draft, out)
     train.keep_log_until(out / "log.jsonl", step)
@@ -384,7 +384,7 @@ def finetune(args):
     print(f"drafter {args.draft}: {draft.parameter_count() / 1e6:.2f} M parameters, {args.loss}; {len(training)} records for training, "
           f"{len(held_out)} held out; {args.steps} steps of {args.batch_size} are {args.steps / per_epoch:.1f} epochs; "
           f"pretraining share {share}")
-    began, begin_step, printed, positions = time.monotonic() - seconds, step, 0.0, 0
+    began, begin_step, begin_positions, printed = time.monotonic() - seconds, step, positions, 0.0
     loss = alpha = held_alpha = math.nan
     with open(out / "log.jsonl", "a", encoding="utf-8") as log:
         while True:
@@ -392,14 +392,14 @@ def finetune(args):
             rate = train.learning_rate_at(step, args.steps, args.learning_rate, args.learning_rate / 10, args.warm_up)
             for group in optimiser.param_groups:
                 group["lr"] = rate
-            row = {"step": step, "loss": None, "lr": rate}
+            row = {"step": step, "positions": positions, "loss": None, "lr": rate}
             due = step == args.steps or step % args.save_every == 0
             if due or step % args.eval_every == 0:
                 row["held_out_alpha"] = held_alpha = acceptance(draft, target, states, held_out, args.chunk, device)
                 train.require_finite(held_alpha, step, out)
             if due and step > 0:
                 train.save_checkpoint(out, draft, {"optimiser": optimiser.state_dict(), "generator": generator.get_state(), "step": step,
-                                                   "seconds": time.monotonic() - began, "settings": settings})
+                                                   "positions": positions, "seconds": time.monotonic() - began, "settings": settings})
             if step < args.steps:
                 batch = train.batch_at(training, args.batch_size, args.seed, step)
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -419,7 +419,7 @@ def finetune(args):
             if "held_out_alpha" in row or time.monotonic() - printed > 10:
                 printed, done = time.monotonic(), step - begin_step
                 took = row["seconds"] - seconds
-                left = f"{positions / took:,.0f} positions/s  {files.duration((args.steps - step) * took / done)} left" if done else ""
+                left = f"{(positions - begin_positions) / took:,.0f} positions/s  {files.duration((args.steps - step) * took / done)} left" if done else ""
                 print(f"step {step}/{args.steps}  loss {loss:.4f}  alpha {alpha:.3f}  held out: alpha {held_alpha:.4f}, implying tau "
                       f"{losses.implied_tau(held_alpha, 3):.2f} at gamma 3  lr {rate:.1e}  {left}", flush=True)
             if step == args.steps:

@@ -1,6 +1,7 @@
 """Pictures and tables of what was measured: the tiny world's stages side by side, and the curves of a comparison of losses.
 
-    python data/report.py --dir out/tiny --out out/demo.png        what `make demo` ends with
+    python data/report.py --dir out/tiny --out out/demo.png                        what `make demo` ends with
+    python data/report.py --runs out/kld out/tvd++ --out out/alpha.png             acceptance rate against positions seen
 
 distill.py compare draws its curves with draw_curves().
 """
@@ -95,12 +96,38 @@ def draw_curves(path, curves):
     figure.savefig(path, dpi=110)
 
 
+def draw_runs(path, folders):
+    """Held-out acceptance rate against answer positions seen, of fine-tunings that each went on from the one before."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    before = 0
+    for folder in folders:
+        rows = files.read_jsonl(folder / "log.jsonl")
+        points = [((before + row["positions"]) / 1e6, row["held_out_alpha"]) for row in rows if "held_out_alpha" in row]
+        axes.plot(*zip(*points), marker="o", markersize=3, label=folder.name)
+        print(f"{folder}: " + ", ".join(f"{alpha:.3f} ({x:.2f} M)" for x, alpha in points))
+        before += rows[-1]["positions"]
+    axes.set(xlabel="million answer positions seen", ylabel="E[sum min(p, q)], held-out answers")
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
 def main():
     parser = argparse.ArgumentParser(description="Table and picture of what make demo measured.")
     parser.add_argument("--dir", type=Path, default=Path("out/tiny"), help="folder of the stages (default out/tiny)")
     parser.add_argument("--out", type=Path, default=Path("out/demo.png"), help="picture to write (default out/demo.png)")
     parser.add_argument("--check", action="store_true", help="fail unless alignment raised alpha beyond its interval")
-    report(parser.parse_args())
+    parser.add_argument("--runs", type=Path, nargs="+", metavar="DIR", help="instead: draw the acceptance rate along these fine-tunings")
+    args = parser.parse_args()
+    if args.runs:
+        draw_runs(args.out, args.runs)
+        print(f"wrote {args.out}")
+    else:
+        report(args)
 
 
 if __name__ == "__main__":
