@@ -263,7 +263,8 @@ class TargetStates:
             for e in batch:
                 self.states[e.offset:e.offset + e.count] = states[at:at + e.count]
                 at += e.count
-                self.states.flush()
+            self.states.flush()
+            for e in batch:                       # only now: a kill must not leave a mark without its states
                 self.done[e.offset] = 1
         stored = np.concatenate([self.states[e.offset:e.offset + e.count] for e in batch])
         return torch.from_numpy(stored).to(device, self.target.embed_tokens.weight.dtype)

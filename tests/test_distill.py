@@ -13,7 +13,7 @@ import losses
 import model
 import speculate
 import train
-from conftest import assert_refused, run_process, run_script, tiny_llama
+from conftest import TARGET, assert_refused, run_process, run_script, tiny_llama
 from data import files, tokenizer
 
 
@@ -301,6 +301,30 @@ def test_the_script_exits_with_2_and_no_traceback(folders, tmp_path):
     (tmp_path / "long.jsonl").write_text(json.dumps({"task": "a", "prompt": "count " * 400}) + "\n")
     assert_refused(run_process("distill.py", "generate", *target, "--prompts", tmp_path / "long.jsonl", "--out", tmp_path / "o.jsonl"),
                    "exceeds the model's context of 256")
+
+
+@pytest.mark.real
+def test_cached_states_give_the_targets_distributions_back():
+    """bfloat16 products and half precision on disk, as the released drafter was trained with: KL and alpha change below 1e-3."""
+    folder, root = TARGET, TARGET.parent.parent
+    tok, target = tokenizer.load(folder), model.load(folder).requires_grad_(False)
+    draft = model.load(root / "data" / "smollm2-drafter")
+    examples = train.read_examples(root / "data" / "smollm2-records.jsonl.gz", tok, 512)[::400]
+    kl, exact, cached, count = 0.0, 0.0, 0.0, 0
+    for e in examples:
+        e = train.Example(e.tokens, e.first, 0)
+        states = distill.TargetStates(target, folder, [e], torch.bfloat16)
+        tokens, where = train.collate([e], "cpu")
+        with torch.no_grad():
+            with torch.autocast("cpu", torch.bfloat16):
+                kept = states.read([e], tokens, where)
+            truth, p_logits, q_logits = (f(x) for f, x in ((target.head, target.hidden(tokens)[where]), (target.head, kept), (draft.head, draft.hidden(tokens)[where])))
+            kl += losses.kld(p_logits, truth).sum().item()
+            exact += losses.overlap(q_logits, truth).sum().item()
+            cached += losses.overlap(q_logits, p_logits).sum().item()
+            count += e.count
+    print(f"{count} positions: KL {kl / count:.1e}, alpha {exact / count:.4f} against {cached / count:.4f}", end=" ")
+    assert count > 1000 and kl / count < 1e-3 and abs(exact - cached) / count < 1e-3
 
 
 # ---- report and compare, in the tiny world ---------------------------------------------------------------------------
