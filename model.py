@@ -101,37 +101,39 @@ class KVCache:
 # instead depends on the number of tokens (README.md, "Where the time goes", has the measurements):
 # - one token: the weight as it is, seen as blocks of up to 192 rows, one batched product of blocks and token. A block fits
 #   into a core's cache, and a core reads many rows at once, which is what keeps the memory busy.
-# - more: oneDNN's own order (64 outputs of an input side by side), made once instead of at every call.
+# - two to six: the weight as it is, times the tokens as columns. The second token is free, the third and fourth cost half
+#   a pass. (The columns must be rows seen transposed: for columns that lie so in memory the library takes a slow way.)
+# - more: oneDNN's own order (64 outputs of an input side by side), made once instead of at every call. It costs nearly the
+#   same from 1 to 12 tokens, but more for 1 and 2 than the weight as it is.
+
+AS_IT_IS = 4      # tokens in a pass up to which the weights stay as they are
+
 
 class Packed:
     """The weights (out_i, in) of Linears that read the same input, as one matrix in the form that is fast for few tokens."""
 
     def __init__(self, *weights, tokens):
-        """tokens: how many a pass will usually have."""
+        """tokens: how many a pass will usually have at most."""
         self.sizes = [len(weight) for weight in weights]
-        weight = torch.cat([weight.detach() for weight in weights])
-        self.count, self.blocks = weight.numel(), None
-        if tokens == 1:
+        weight = torch.cat([weight.detach() for weight in weights]) if len(weights) > 1 else weights[0].detach()
+        self.count, self.as_it_is = weight.numel(), tokens <= AS_IT_IS
+        if self.as_it_is:
             rows = max(n for n in range(1, min(192, len(weight)) + 1) if len(weight) % n == 0)
             self.weight, self.blocks = weight, weight.view(-1, rows, weight.shape[1])
         else:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, tokens)
-            self.six = torch.zeros(6, weight.shape[1], dtype=weight.dtype)
 
     def __call__(self, x):
         """x (..., in) -> a list of (..., out_i)."""
-        rows = x.reshape(-1, x.shape[-1])
-        if self.blocks is not None and len(rows) <= 4:
-            y = torch.bmm(self.blocks, rows.t().expand(len(self.blocks), -1, -1))      # (blocks, rows of one, tokens)
-            y = y.view(-1, len(rows)).t()
-        elif self.blocks is not None:
-            y = F.linear(rows, self.weight)
-        elif len(rows) < 6:
-            # Fewer than 6 tokens take longer than 6 do: the library's kernel for 6 reads the memory faster.
-            self.six[:len(rows)] = rows
-            y = torch.ops.mkldnn._linear_pointwise(self.six, self.weight, None, "none", [], "")[:len(rows)]
-        else:
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        if not self.as_it_is:
             y = torch.ops.mkldnn._linear_pointwise(rows, self.weight, None, "none", [], "")
+        elif len(rows) == 1:
+            y = torch.bmm(self.blocks, rows.t().expand(len(self.blocks), -1, -1)).view(1, -1)
+        elif len(rows) <= 6:
+            y = (self.weight @ rows.t()).t()
+        else:
+            y = F.linear(rows, self.weight)
         return y.view(*x.shape[:-1], -1).split(self.sizes, -1)
 
 
@@ -327,16 +329,17 @@ class Llama(nn.Module):
             packed.append(self.packed_head)
         return sum(weight.numel() for weight in self.parameters()) + sum(weights.count for weights in packed)
 
-    def pack(self, tokens=8, at_least=8_000_000):
+    def pack(self, tokens=AS_IT_IS, at_least=8_000_000):
         """Make passes over few tokens cheaper on a CPU, for decoding only; returns self. The one switch of it.
 
-        tokens: how many a pass will usually have: 1 for plain decoding, more (up to about 16) for verification. Passes over
-        other numbers of tokens give the same, only slower.
+        tokens: how many a pass will usually have at most: 1 for plain decoding, gamma + 1 for verification. It decides in
+        which form the weights are kept; passes over other numbers of tokens give the same, only slower.
 
-        The layers' weights are replaced by packed ones, which cannot be trained, changed or saved; the embedding, whose
-        rows are looked up, stays, so a tied head is there twice (113 of 538 MB for SmolLM2-135M). No effect where the
-        library for it is missing (ARM), on a GPU, where nn.Linear is at the memory's limit already, or on models of fewer
-        than at_least parameters, whose weights stay in the processor's cache: there it costs 5 to 25 % (tiny world).
+        The layers' weights are replaced by packed ones, which cannot be trained, changed or saved. The embedding, whose
+        rows are looked up, stays; above AS_IT_IS tokens a tied head is therefore there twice (113 of 538 MB for
+        SmolLM2-135M). No effect where the library for it is missing (ARM), on a GPU, where nn.Linear is at the memory's
+        limit already, or on models of fewer than at_least parameters, whose weights stay in the processor's cache: there
+        it costs 5 to 25 % (tiny world).
         """
         x86 = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
         if self.embed_tokens.weight.device.type != "cpu" or not x86 or self.parameter_count() < at_least:

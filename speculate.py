@@ -91,12 +91,10 @@ class AutoGamma:
         self.idle = 0 if gamma else self.idle + 1
 
 
-def measured_gamma(target, draft, largest=8):
+def measured_gamma(target, draft, largest=model.AS_IT_IS):
     """An AutoGamma with the costs on this machine, measured in under a second."""
     step = pass_seconds(target, 1, repeats=3)
-    widths = [1, largest // 2 + 1, largest + 1]   # in between they are taken to lie on straight lines
-    costs = [1.0] + [pass_seconds(target, width, repeats=3) / step for width in widths[1:]]
-    verify = np.interp(range(largest + 2), widths, costs).tolist()
+    verify = [1.0, 1.0] + [pass_seconds(target, width, repeats=3) / step for width in range(2, largest + 2)]
     return AutoGamma(pass_seconds(draft, 1) / step, verify)
 
 
@@ -307,10 +305,9 @@ def pass_seconds(llama, tokens_in_flight, context=128, repeats=5):
     """Median seconds of one pass over `tokens_in_flight` tokens after `context` others, head included."""
     device = llama.embed_tokens.weight.device
     cache = model.KVCache(llama.config, 1, context + tokens_in_flight, device, llama.embed_tokens.weight.dtype)
-    llama.hidden(torch.zeros(1, context, dtype=torch.int64, device=device), cache)
     seconds = []
     for _ in range(repeats + 1):                  # the first one warms up
-        cache.length = context
+        cache.length = context                    # of zeros, which take as long to read as any others
         begin = time.perf_counter()
         logits = llama(torch.zeros(1, tokens_in_flight, dtype=torch.int64, device=device), cache)
         logits[0, -1, 0].item()                   # waits for a GPU to finish
@@ -370,12 +367,14 @@ def summarise(task, gamma, runs, args, size_ratio, seed):
             "greedy_mismatches": sum(a.tokens != b.tokens for a, _, b, _ in runs) if greedy else None}
 
 
-def bench(pair, plain, args):
+def bench(pair, wide, args):
     """Time every prompt of a file with plain decoding and with each gamma, alternated prompt by prompt in this process.
 
-    plain: the target again, for plain decoding.
+    wide: the target again, in the form for many tokens in flight, or None where no gamma needs it. Plain decoding and
+    small gammas take the pair's, so that each is timed in the form that is best for it.
     """
     target, draft, tok, device = pair
+    verifier = {gamma: target if gamma < model.AS_IT_IS else wide for gamma in args.gamma}
     prompts = files.read_prompts(args.bench)
     if args.limit:
         tasks = [prompt["task"] for prompt in prompts]
@@ -387,9 +386,9 @@ def bench(pair, plain, args):
         except ValueError as error:
             raise ValueError(f"{args.bench}, prompt {number}: {error}") from None
     size_ratio = draft.parameter_count() / target.parameter_count()
-    step = pass_seconds(plain, 1)
+    step = pass_seconds(target, 1)
     draft_step = pass_seconds(draft, 1) / step
-    verify = {gamma: pass_seconds(target, gamma + 1) / step for gamma in args.gamma}
+    verify = {gamma: pass_seconds(verifier[gamma], gamma + 1) / step for gamma in args.gamma}
     print(f"target step {step * 1e3:.1f} ms; over it, a drafter step is {draft_step:.3f}, verification "
           + ", ".join(f"{ratio:.2f} (gamma {gamma})" for gamma, ratio in verify.items()))
 
@@ -400,9 +399,9 @@ def bench(pair, plain, args):
         rest = (args.temperature, args.top_p, tok.eos_ids, generator)
         begin = time.perf_counter()
         if gamma is None:
-            made = autoregressive_generate(plain, tokens, args.max_new_tokens, *rest)
+            made = autoregressive_generate(target, tokens, args.max_new_tokens, *rest)
         else:
-            made = speculative_generate(target, draft, tokens, args.max_new_tokens, gamma, *rest)
+            made = speculative_generate(verifier[gamma], draft, tokens, args.max_new_tokens, gamma, *rest)
         return made, time.perf_counter() - begin
 
     for gamma in (None, args.gamma[0]):           # warms up, not counted
@@ -485,7 +484,8 @@ def main():
     if style == "plain":                          # in a pipe stdout carries the answer alone
         stdout, sys.stdout = sys.stdout, sys.stderr
     device, dtype = model.set_up(args)
-    target, draft = model.load(args.target, device, dtype).pack(), model.load(args.draft, device, dtype).pack(tokens=1)
+    widest = model.AS_IT_IS if args.bench or args.gamma[0] == "auto" else args.gamma[0] + 1
+    target, draft = model.load(args.target, device, dtype).pack(widest), model.load(args.draft, device, dtype).pack()
     print(f"target {target.parameter_count() / 1e6:.1f} M parameters, drafter {draft.parameter_count() / 1e6:.1f} M")
     if style == "plain":
         sys.stdout = stdout
@@ -493,8 +493,8 @@ def main():
     if args.gamma[0] == "auto":
         args.gamma[0] = measured_gamma(target, draft)
     if args.bench:
-        # What speculation is compared with gets its own copy of the target, in the form that is best for one token a pass.
-        bench(pair, model.load(args.target, device, dtype).pack(tokens=1), args)
+        widest = max(args.gamma) + 1
+        bench(pair, model.load(args.target, device, dtype).pack(widest) if widest > model.AS_IT_IS else None, args)
         print(f"next: python speculate.py --target {args.target} --draft {args.draft} --chat")
     elif args.chat:
         chat(pair, args, style)

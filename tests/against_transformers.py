@@ -32,8 +32,8 @@ def ways_of(args, device):
     import transformers
     transformers.logging.set_verbosity_error()
     tok = tokenizer.load(args.target)
-    target, draft = model.load(args.target, device).pack(), model.load(args.draft, device).pack(tokens=1)
-    single = model.load(args.target, device).pack(tokens=1)
+    target, draft = model.load(args.target, device).pack(), model.load(args.draft, device).pack()
+    wide = model.load(args.target, device).pack(max(args.gamma) + 1)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(args.target, dtype=torch.float32).to(device).eval()
     assistant = transformers.AutoModelForCausalLM.from_pretrained(args.draft, dtype=torch.float32).to(device).eval()
     for llama in (theirs, assistant):             # only what is set here decides, nothing from generation_config.json
@@ -43,12 +43,14 @@ def ways_of(args, device):
         auto.draft_cost, " ".join(f"{cost:.2f}" for cost in auto.verify_costs[1:])))
 
     def plain(ids):
-        made = speculate.autoregressive_generate(single, torch.tensor([ids]), args.max_new_tokens, 0.0, 1.0, tok.eos_ids)
+        made = speculate.autoregressive_generate(target, torch.tensor([ids]), args.max_new_tokens, 0.0, 1.0, tok.eos_ids)
         return made.tokens, made.target_calls
 
     def speculative(gamma):
+        llama = wide if isinstance(gamma, int) and gamma >= model.AS_IT_IS else target
+
         def run(ids):
-            made = speculate.speculative_generate(target, draft, torch.tensor([ids]), args.max_new_tokens, gamma, 0.0, 1.0, tok.eos_ids)
+            made = speculate.speculative_generate(llama, draft, torch.tensor([ids]), args.max_new_tokens, gamma, 0.0, 1.0, tok.eos_ids)
             return made.tokens, made.target_calls
         return run
 
@@ -185,8 +187,8 @@ def compare(args):
 
 @torch.inference_mode()
 def passes(args, packed, device, widths=(1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16), repeats=15):
-    """Median milliseconds of one pass over `width` tokens after 200 others: packed weights, and nn.Linear, alternated."""
-    models = {"packed for several tokens": packed, "packed for one": model.load(args.target, device).pack(tokens=1),
+    """Median milliseconds of one pass over `width` tokens after 200 others: both forms of pack(), and nn.Linear, alternated."""
+    models = {"weights as they are": packed, "packed for more": model.load(args.target, device).pack(8),
               "nn.Linear": model.load(args.target, device)}
     costs = {name: [] for name in models}
     for width in widths:
@@ -277,7 +279,7 @@ def main():
     parser.add_argument("--draft", type=Path, default=Path("data/smollm2-drafter"))
     parser.add_argument("--prompts", type=Path, default=Path("data/prompts/test.jsonl"))
     parser.add_argument("--limit", type=int, default=12, help="prompts of each task (default 12: all)")
-    parser.add_argument("--gamma", type=int, nargs="+", default=[3, 5, 7])
+    parser.add_argument("--gamma", type=int, nargs="+", default=[1, 3, 5, 7])
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--json", type=Path, default=Path("out/against.json"))
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the pictures (default out)")

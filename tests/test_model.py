@@ -106,7 +106,7 @@ def test_a_packed_model_gives_the_same_logits_for_any_number_of_tokens(tied, dty
     assert packed.parameter_count() == plain.parameter_count() and packed.layers[0].mlp.up_proj.weight is None
     caches = [model.KVCache(plain.config, 1, 64, dtype=dtype) for _ in range(2)]
     generator = torch.Generator().manual_seed(0)
-    for width in (1, 2, 5, 6, 7, 16, 1, 20):
+    for width in (1, 2, 3, 4, 5, 6, 7, 16, 1, 17):
         ids = torch.randint(130, (1, width), generator=generator)
         a, b = plain(ids, caches[0]), packed(ids, caches[1])
         assert a.std() > 0.5 and (a - b).abs().max() <= close * a.abs().max()
@@ -120,7 +120,7 @@ def test_a_draft_vocabulary_is_kept_on_disk_and_leaves_no_probability_elsewhere(
     whole = llama(tokens)
     llama.draft_vocabulary = torch.tensor([9, 3, 40])
     model.save(llama, tmp_path)
-    for loaded in (model.load(tmp_path), model.load(tmp_path).pack(at_least=0)):
+    for loaded in (model.load(tmp_path), *(model.load(tmp_path).pack(tokens, at_least=0) for tokens in (1, 8))):
         logits = loaded(tokens)
         torch.testing.assert_close(logits[..., [3, 9, 40]], whole[..., [3, 9, 40]])
         assert torch.isinf(logits).sum() == 3 * 47 and model.probabilities(logits[0]).sum(-1).allclose(torch.ones(3))
