@@ -66,27 +66,29 @@ def generate_batch(target, prompts, temperatures, top_p, max_new_tokens, stop_id
             free = free[:len(waiting)]
             for i in free:
                 rows[i] = waiting.pop()
-            # All but the last token of each prompt: that one is what the row reads next, like any other token.
-            heads = [prompts[rows[i]][:-1] for i in free]
-            width = max(map(len, heads))
-            columns = slice(cache.length - width, cache.length)
-            at = torch.tensor(free, device=device)
-            lengths = torch.tensor([len(head) for head in heads], device=device)
-            if width > len(shared):
-                reader = model.KVCache(config, len(free), width, device, dtype)
-                reader.start = width - lengths
-                for i, head in enumerate(heads):
-                    begin = width - len(head)
-                    reader.k[:, i, :, begin:begin + len(shared)] = prefix.k[:, 0]
-                    reader.v[:, i, :, begin:begin + len(shared)] = prefix.v[:, 0]
-                reader.length = len(shared)       # shorter rows read some of the prefix again: the same keys and values
-                target.hidden(torch.tensor([([0] * width + head)[len(shared) - width:] for head in heads], device=device), reader)
-                cache.k[:, at, :, columns], cache.v[:, at, :, columns] = reader.k, reader.v
-            elif width:
-                cache.k[:, at, :, columns], cache.v[:, at, :, columns] = prefix.k, prefix.v
-            cache.start[at] = cache.length - lengths
-            tokens[at, 0] = torch.tensor([prompts[rows[i]][-1] for i in free], device=device)
-            heat[at] = torch.tensor([float(temperatures[rows[i]]) for i in free], device=device)
+            # 32 at a time: neighbours in `waiting` are of like length, so little of what is read is padding.
+            for some in (free[begin:begin + 32] for begin in range(0, len(free), 32)):
+                # All but the last token of each prompt: that one is what the row reads next, like any other token.
+                heads = [prompts[rows[i]][:-1] for i in some]
+                width = max(map(len, heads))
+                columns = slice(cache.length - width, cache.length)
+                at = torch.tensor(some, device=device)
+                lengths = torch.tensor([len(head) for head in heads], device=device)
+                if width > len(shared):
+                    reader = model.KVCache(config, len(some), width, device, dtype)
+                    reader.start = width - lengths
+                    for i, head in enumerate(heads):
+                        begin = width - len(head)
+                        reader.k[:, i, :, begin:begin + len(shared)] = prefix.k[:, 0]
+                        reader.v[:, i, :, begin:begin + len(shared)] = prefix.v[:, 0]
+                    reader.length = len(shared)   # shorter rows read some of the prefix again: the same keys and values
+                    target.hidden(torch.tensor([([0] * width + head)[len(shared) - width:] for head in heads], device=device), reader)
+                    cache.k[:, at, :, columns], cache.v[:, at, :, columns] = reader.k, reader.v
+                elif width:
+                    cache.k[:, at, :, columns], cache.v[:, at, :, columns] = prefix.k, prefix.v
+                cache.start[at] = cache.length - lengths
+                tokens[at, 0] = torch.tensor([prompts[rows[i]][-1] for i in some], device=device)
+                heat[at] = torch.tensor([float(temperatures[rows[i]]) for i in some], device=device)
         elif len(free) == len(rows):
             return
         elif not waiting and len(free) >= len(rows) / 8:
@@ -368,6 +370,11 @@ def finetune(args):
     # The paper mixes 9 : 1. With the default batch of 9 that is one pretraining window a step, weighted 0.1.
     windows = max(1, round(args.batch_size * share / (1 - share))) if share else 0
     optimiser = train.make_optimiser(draft, args.learning_rate, args.weight_decay)
+    if draft.draft_vocabulary is not None:
+        # Rows of the head that are never proposed keep their values: weight decay alone would wear them away.
+        others = torch.ones(draft.config.vocab_size, dtype=torch.bool, device=device)
+        others[draft.draft_vocabulary] = False
+        kept = draft.head_weight().detach()[others]
     settings = {name: getattr(args, name) for name in ("loss", "samples", "baseline", "steps", "batch_size", "learning_rate", "warm_up", "weight_decay",
                 "context", "chunk", "seed", "dtype", "pretrain_context", "eval_records", "draft_vocabulary")} | {
                 "share": share, "records": f"{len(examples)} records, {examples[-1].offset} positions", **dataclasses.asdict(draft.config)}
@@ -412,6 +419,8 @@ def finetune(args):
                 train.require_finite(loss + norm.item(), step, out)
                 optimiser.step()
                 optimiser.zero_grad()
+                if draft.draft_vocabulary is not None:
+                    draft.head_weight().data[others] = kept
                 positions += sum(e.count for e in batch)
                 row |= {"loss": loss, "alpha": alpha}
             row["seconds"] = round(time.monotonic() - began, 3)
