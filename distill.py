@@ -231,8 +231,9 @@ class TargetStates:
     """The target's last hidden states at all answer positions, computed the first time they are asked for.
 
     p = softmax(head(state)), so a state of 576 half-precision numbers stands for a distribution over 49,152: after
-    the first pass over the data the target costs only its head. Kept on disk under the cache folder, under a name
-    made from the target's weights and the tokens; a marker a record says what is whole.
+    the first pass over the data the target costs only its head. Kept on disk under the cache folder, in a file named
+    after the target's weights, to which records are only ever added: a run with more records computes the new ones.
+    The index beside it is written after the states, so a kill loses at most the records of one batch.
     """
 
     def __init__(self, target, folder, examples, dtype):
@@ -240,35 +241,41 @@ class TargetStates:
         with open(next(Path(folder).glob("*.safetensors")), "rb") as weights:
             key = hashlib.file_digest(weights, "sha256")
         key.update(str(dtype).encode())                  # with bfloat16 the states carry its rounding
-        key.update(json.dumps([(e.tokens, e.first) for e in examples]).encode())
         path = files.cache_dir("target-states") / key.hexdigest()[:20]
-        total = sum(e.count for e in examples)
+        # Unbuffered, in append mode: two runs may write to the same files.
+        self.file, self.index = (open(f"{path}.{name}", "a+b", buffering=0) for name in ("states", "index"))
+        self.index.seek(0)
+        content = self.index.read()
+        self.index.truncate(len(content) // 24 * 24)     # a kill may have left part of an entry: 16 bytes of name, 8 of place
+        self.at = {content[i:i + 16]: int.from_bytes(content[i + 16:i + 24], "little") for i in range(0, len(content) // 24 * 24, 24)}
+        there = sum(self.name(e) in self.at for e in examples)
+        print(f"target states: {there} of {len(examples)} records in the cache, {examples[-1].offset * self.width * 2 / 1e6:.0f} MB for all")
 
-        def open_map(suffix, dtype, shape):
-            name, size = f"{path}.{suffix}", math.prod(shape) * np.dtype(dtype).itemsize
-            whole = Path(name).is_file() and Path(name).stat().st_size == size
-            return np.memmap(name, dtype=dtype, mode="r+" if whole else "w+", shape=shape), whole
+    @staticmethod
+    def name(example):
+        """16 bytes that tell this record from any other."""
+        return hashlib.blake2b(json.dumps([example.tokens, example.first]).encode(), digest_size=16).digest()
 
-        self.states, whole = open_map("states", np.float16, (total, self.width))
-        self.done, _ = open_map("done", np.uint8, (examples[-1].offset + 1,))
-        if not whole:
-            self.done[:] = 0
-        print(f"target states: {self.states.nbytes / 1e6:.0f} MB in the cache, {int(self.done.sum())} of {len(examples)} records there")
-
-    def read(self, batch, tokens, where):
-        """States (N, D) at the positions `where` (B, T) of these examples."""
-        device = tokens.device
-        if not all(self.done[e.offset] for e in batch):
+    def read(self, batch, device):
+        """States (N, D) at the answer positions of these examples, in their order."""
+        missing = [e for e in batch if self.name(e) not in self.at]
+        if missing:
+            tokens, where = train.collate(missing, device)
             with torch.no_grad():
                 states = self.target.hidden(tokens)[where].half().cpu().numpy()
-            at = 0
-            for e in batch:
-                self.states[e.offset:e.offset + e.count] = states[at:at + e.count]
-                at += e.count
-            self.states.flush()
-            for e in batch:                       # only now: a kill must not leave a mark without its states
-                self.done[e.offset] = 1
-        stored = np.concatenate([self.states[e.offset:e.offset + e.count] for e in batch])
+            self.file.write(states.tobytes())
+            at = self.file.tell() - states.nbytes
+            for e in missing:
+                self.at[self.name(e)] = at
+                at += e.count * self.width * 2
+            self.index.write(b"".join(self.name(e) + self.at[self.name(e)].to_bytes(8, "little") for e in missing))
+        stored = np.empty((sum(e.count for e in batch), self.width), np.float16)
+        begin = 0
+        for e in batch:
+            self.file.seek(self.at[self.name(e)])
+            if self.file.readinto(stored[begin:begin + e.count].data) != e.count * self.width * 2:
+                raise ValueError(f"{self.file.name}: shorter than its index says; delete both files, they will be made again")
+            begin += e.count
         return torch.from_numpy(stored).to(device, self.target.embed_tokens.weight.dtype)
 
 
@@ -293,7 +300,7 @@ def distillation_backward(draft, target, states, batch, loss_function, scale, ch
     propose tokens that were never trained.
     """
     tokens, where = train.collate(batch, device)
-    target_states = states.read(batch, tokens, where)                                   # (N, D of the target)
+    target_states = states.read(batch, device)                                          # (N, D of the target)
     hidden = draft.hidden(tokens)[where]                                                # (N, D of the drafter)
     ids = draft.draft_vocabulary
     if ids is not None:
@@ -326,7 +333,7 @@ def acceptance(draft, target, states, examples, chunk, device):
     for at in range(0, len(examples), 8):
         batch = examples[at:at + 8]
         tokens, where = train.collate(batch, device)
-        rows = zip(draft.hidden(tokens)[where].split(chunk), states.read(batch, tokens, where).split(chunk))
+        rows = zip(draft.hidden(tokens)[where].split(chunk), states.read(batch, device).split(chunk))
         for draft_rows, target_rows in rows:
             total += losses.overlap(draft.head(draft_rows), target.head(target_rows)).sum().item()
             count += len(draft_rows)

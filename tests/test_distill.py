@@ -221,12 +221,36 @@ def test_target_states_are_computed_once_and_survive_in_the_cache(folders, recor
     examples = train.read_examples(records, tok, 512)
     batch = examples[:4]
     tokens, where = train.collate(batch, "cpu")
-    first = distill.TargetStates(target, folders / "target", examples, torch.float32).read(batch, tokens, where)
+    first = distill.TargetStates(target, folders / "target", examples, torch.float32).read(batch, "cpu")
     torch.testing.assert_close(first, target.hidden(tokens)[where], rtol=1e-3, atol=1e-3)
     again = distill.TargetStates(target, folders / "target", examples, torch.float32)
-    monkeypatch.setattr(again, "target", None)                   # would fail if it were run again
-    assert np.array_equal(again.states[:len(first)], first.half().numpy())
-    assert again.done.sum() == 4
+    assert len(again.at) == 4
+    with monkeypatch.context() as patch:
+        patch.setattr(again, "target", None)                     # would fail if it were run again
+        with pytest.raises(AttributeError):
+            again.read(examples[4:5], "cpu")
+    # Other records, in another order: only those that are new are computed.
+    mixed = [examples[9], examples[2], examples[5]]
+    asked = []
+    monkeypatch.setattr(distill.train, "collate", lambda new, device, collate=train.collate: asked.append(new) or collate(new, device))
+    states = again.read(mixed, "cpu")
+    assert asked == [[examples[9], examples[5]]] and len(again.at) == 6
+    tokens, where = train.collate(mixed, "cpu")
+    torch.testing.assert_close(states, target.hidden(tokens)[where], rtol=1e-3, atol=1e-3)
+    # A kill between states and index, and within the index: what the index names in full is whole.
+    with open(again.index.name, "ab") as index:
+        index.write(b"torn")
+    after = distill.TargetStates(target, folders / "target", examples, torch.float32)
+    assert after.read(batch, "cpu").equal(first) and len(after.at) == 6
+    after.read(examples[10:13], "cpu")
+    assert len(distill.TargetStates(target, folders / "target", examples, torch.float32).at) == 9
+
+
+def test_rows_outside_the_draft_vocabulary_keep_their_values(folders, records, tmp_path, monkeypatch):
+    finetune(monkeypatch, folders, records, tmp_path / "out", "--draft-vocabulary", 24, "--steps", 5, "--learning-rate", 0.02)
+    before, after = (model.load(folder) for folder in (folders / "draft", tmp_path / "out"))
+    same = (before.head_weight() == after.head_weight()).all(-1)
+    assert sorted((~same).nonzero().flatten().tolist()) == sorted(after.draft_vocabulary.tolist())
 
 
 @pytest.mark.parametrize("name", ["kld", "tvd", "tvd++"])
@@ -311,13 +335,12 @@ def test_cached_states_give_the_targets_distributions_back():
     draft = model.load(root / "data" / "smollm2-drafter")
     examples = train.read_examples(root / "data" / "smollm2-records.jsonl.gz", tok, 512)[::400]
     kl, exact, cached, count = 0.0, 0.0, 0.0, 0
+    states = distill.TargetStates(target, folder, examples, torch.bfloat16)
     for e in examples:
-        e = train.Example(e.tokens, e.first, 0)
-        states = distill.TargetStates(target, folder, [e], torch.bfloat16)
         tokens, where = train.collate([e], "cpu")
         with torch.no_grad():
             with torch.autocast("cpu", torch.bfloat16):
-                kept = states.read([e], tokens, where)
+                kept = states.read([e], "cpu")
             truth, p_logits, q_logits = (f(x) for f, x in ((target.head, target.hidden(tokens)[where]), (target.head, kept), (draft.head, draft.hidden(tokens)[where])))
             kl += losses.kld(p_logits, truth).sum().item()
             exact += losses.overlap(q_logits, truth).sum().item()
