@@ -288,6 +288,13 @@ def draft_vocabulary(examples, size, tok):
     return torch.from_numpy(np.argsort(-counts, kind="stable")[:size].copy())
 
 
+def never_proposed(draft):
+    """The ids of the tokens that the drafter's draft vocabulary leaves out."""
+    outside = torch.ones(draft.config.vocab_size, dtype=torch.bool)
+    outside[draft.draft_vocabulary.cpu()] = False
+    return outside.nonzero().flatten()
+
+
 def distillation_backward(draft, target, states, batch, loss_function, scale, chunk, device, generator):
     """Add the gradient of scale * mean loss over the batch's answer positions to the drafter; returns (loss, alpha).
 
@@ -304,9 +311,7 @@ def distillation_backward(draft, target, states, batch, loss_function, scale, ch
     hidden = draft.hidden(tokens)[where]                                                # (N, D of the drafter)
     ids = draft.draft_vocabulary
     if ids is not None:
-        others = torch.ones(draft.config.vocab_size, dtype=torch.bool)
-        others[ids.cpu()] = False
-        others = others.nonzero().flatten()
+        others = never_proposed(draft)
         ids = torch.cat([ids, others[torch.randperm(len(others), generator=generator)[:len(ids) // 8]].to(device)])
     target_head = target.head_weight(ids)                                               # (K, D of the target)
     draft_head = draft.head_weight(ids)                                                 # (K, D of the drafter)
@@ -379,8 +384,7 @@ def finetune(args):
     optimiser = train.make_optimiser(draft, args.learning_rate, args.weight_decay)
     if draft.draft_vocabulary is not None:
         # Rows of the head that are never proposed keep their values: weight decay alone would wear them away.
-        others = torch.ones(draft.config.vocab_size, dtype=torch.bool, device=device)
-        others[draft.draft_vocabulary] = False
+        others = never_proposed(draft).to(device)
         kept = draft.head_weight().detach()[others]
     settings = {name: getattr(args, name) for name in ("loss", "samples", "baseline", "steps", "batch_size", "learning_rate", "warm_up", "weight_decay",
                 "context", "chunk", "seed", "dtype", "pretrain_context", "eval_records", "draft_vocabulary")} | {
