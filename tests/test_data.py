@@ -3,13 +3,15 @@
 import json
 import os
 import random
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from conftest import TARGET, assert_refused, run_script
-from data import files, pretrain_text, smollm2, tokenizer
+from data import everyday, files, pretrain_text, smollm2, tokenizer
 
 DOCSTRING = """Return the thing.
 
@@ -135,3 +137,16 @@ def test_a_broken_download_and_a_damaged_folder_are_made_again(tmp_path, monkeyp
     broken.unlink()
     with pytest.raises(ValueError, match="check the network connection"):
         smollm2.fetch_gguf()
+
+
+def test_everyday_instructions_are_different_whole_and_the_same_for_a_seed(tmp_path):
+    rows = everyday.prompts(600, seed=1)
+    texts = [row["prompt"] for row in rows]
+    assert len(set(texts)) == 600 and rows == everyday.prompts(600, seed=1) != everyday.prompts(600, seed=2)
+    assert {row["task"] for row in rows} == {row["task"] for row in files.read_prompts(Path(everyday.__file__).parent / "prompts" / "dev.jsonl")}
+    assert not any(mark in text for text in texts for mark in "{}|") and all(len(text.split()) >= 3 for text in texts)
+    # Every list is used by some form, and every form uses only lists that exist.
+    used = {name for forms in everyday.FORMS.values() for form in forms for name in re.findall(r"\{(\w+)\}", form)}
+    assert used == {*everyday.FILL, "passage", "a", "b"}
+    files.write_jsonl(tmp_path / "everyday.jsonl", rows)
+    assert len(files.read_prompts(tmp_path / "everyday.jsonl")) == 600
