@@ -63,35 +63,34 @@ def generate_batch(target, prompts, temperatures, top_p, max_new_tokens, stop_id
     while True:
         free = [i for i, row in enumerate(rows) if row is None]
         if waiting and len(free) >= batch_size / 32:                              # some at a time: one pass reads them
-            free = free[:len(waiting)]
+            free = free[:min(32, len(waiting))]   # neighbours in `waiting` are of like length: little of what is read is padding
             for i in free:
                 rows[i] = waiting.pop()
-            # 32 at a time: neighbours in `waiting` are of like length, so little of what is read is padding.
-            for some in (free[begin:begin + 32] for begin in range(0, len(free), 32)):
-                # All but the last token of each prompt: that one is what the row reads next, like any other token.
-                heads = [prompts[rows[i]][:-1] for i in some]
-                width = max(map(len, heads))
-                columns = slice(cache.length - width, cache.length)
-                at = torch.tensor(some, device=device)
-                lengths = torch.tensor([len(head) for head in heads], device=device)
-                if width > len(shared):
-                    reader = model.KVCache(config, len(some), width, device, dtype)
-                    reader.start = width - lengths
-                    for i, head in enumerate(heads):
-                        begin = width - len(head)
-                        reader.k[:, i, :, begin:begin + len(shared)] = prefix.k[:, 0]
-                        reader.v[:, i, :, begin:begin + len(shared)] = prefix.v[:, 0]
-                    reader.length = len(shared)   # shorter rows read some of the prefix again: the same keys and values
-                    target.hidden(torch.tensor([([0] * width + head)[len(shared) - width:] for head in heads], device=device), reader)
-                    cache.k[:, at, :, columns], cache.v[:, at, :, columns] = reader.k, reader.v
-                elif width:
-                    cache.k[:, at, :, columns], cache.v[:, at, :, columns] = prefix.k, prefix.v
-                cache.start[at] = cache.length - lengths
-                tokens[at, 0] = torch.tensor([prompts[rows[i]][-1] for i in some], device=device)
-                heat[at] = torch.tensor([float(temperatures[rows[i]]) for i in some], device=device)
-        elif len(free) == len(rows):
+            # All but the last token of each prompt: that one is what the row reads next, like any other token.
+            heads = [prompts[rows[i]][:-1] for i in free]
+            width = max(map(len, heads))
+            columns = slice(cache.length - width, cache.length)
+            at = torch.tensor(free, device=device)
+            lengths = torch.tensor([len(head) for head in heads], device=device)
+            if width > len(shared):
+                reader = model.KVCache(config, len(free), width, device, dtype)
+                reader.start = width - lengths
+                for i, head in enumerate(heads):
+                    begin = width - len(head)
+                    reader.k[:, i, :, begin:begin + len(shared)] = prefix.k[:, 0]
+                    reader.v[:, i, :, begin:begin + len(shared)] = prefix.v[:, 0]
+                reader.length = len(shared)       # shorter rows read some of the prefix again: the same keys and values
+                target.hidden(torch.tensor([([0] * width + head)[len(shared) - width:] for head in heads], device=device), reader)
+                cache.k[:, at, :, columns], cache.v[:, at, :, columns] = reader.k, reader.v
+            elif width:
+                cache.k[:, at, :, columns], cache.v[:, at, :, columns] = prefix.k, prefix.v
+            cache.start[at] = cache.length - lengths
+            tokens[at, 0] = torch.tensor([prompts[rows[i]][-1] for i in free], device=device)
+            heat[at] = torch.tensor([float(temperatures[rows[i]]) for i in free], device=device)
+            continue                              # there may be more to fill
+        if len(free) == len(rows):
             return
-        elif not waiting and len(free) >= len(rows) / 8:
+        if not waiting and len(free) >= len(rows) / 8:
             # Nothing left to take: a free row costs as much as a live one, but leaving copies the cache.
             keep = torch.tensor([i for i, row in enumerate(rows) if row is not None], device=device)
             cache.keep(keep)
@@ -233,11 +232,11 @@ class TargetStates:
     p = softmax(head(state)), so a state of 576 half-precision numbers stands for a distribution over 49,152: after
     the first pass over the data the target costs only its head. Kept on disk under the cache folder, in a file named
     after the target's weights, to which records are only ever added: a run with more records computes the new ones.
-    The index beside it is written after the states, so a kill loses at most the records of one batch.
+    Each record's states follow its name, which is checked before they are trusted; the index beside the file says where.
     """
 
     def __init__(self, target, folder, examples, dtype):
-        self.target, self.width = target, target.config.hidden_size
+        self.target, self.width, self.dtype = target, target.config.hidden_size, dtype
         with open(next(Path(folder).glob("*.safetensors")), "rb") as weights:
             key = hashlib.file_digest(weights, "sha256")
         key.update(str(dtype).encode())                  # with bfloat16 the states carry its rounding
@@ -246,10 +245,17 @@ class TargetStates:
         self.file, self.index = (open(f"{path}.{name}", "a+b", buffering=0) for name in ("states", "index"))
         self.index.seek(0)
         content = self.index.read()
-        self.index.truncate(len(content) // 24 * 24)     # a kill may have left part of an entry: 16 bytes of name, 8 of place
+        if len(content) % 24:                            # an entry is 16 bytes of name and 8 of place; a kill may have left part of one
+            self.index.truncate(len(content) // 24 * 24)
         self.at = {content[i:i + 16]: int.from_bytes(content[i + 16:i + 24], "little") for i in range(0, len(content) // 24 * 24, 24)}
+        size = self.file.seek(0, os.SEEK_END)
+        for e in examples:                               # the states may be gone, or cut short, where the index is not
+            if (name := self.name(e)) in self.at:
+                self.file.seek(self.at[name])
+                if self.file.read(16) != name or self.at[name] + 16 + e.count * self.width * 2 > size:
+                    del self.at[name]
         there = sum(self.name(e) in self.at for e in examples)
-        print(f"target states: {there} of {len(examples)} records in the cache, {examples[-1].offset * self.width * 2 / 1e6:.0f} MB for all")
+        print(f"target states: {there} of {len(examples)} records in the cache, {sum(e.count for e in examples) * self.width * 2 / 1e6:.0f} MB for all")
 
     @staticmethod
     def name(example):
@@ -258,25 +264,29 @@ class TargetStates:
 
     def read(self, batch, device):
         """States (N, D) at the answer positions of these examples, in their order."""
-        missing = [e for e in batch if self.name(e) not in self.at]
-        if missing:
+        if missing := [e for e in batch if self.name(e) not in self.at]:
             tokens, where = train.collate(missing, device)
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(torch.device(device).type, self.dtype, enabled=self.dtype != torch.float32):
                 states = self.target.hidden(tokens)[where].half().cpu().numpy()
-            self.file.write(states.tobytes())
-            at = self.file.tell() - states.nbytes
+            parts = np.split(states, np.cumsum([e.count for e in missing])[:-1])
+            self.append(self.file, block := b"".join(self.name(e) + part.tobytes() for e, part in zip(missing, parts)))
+            at = self.file.tell() - len(block)
             for e in missing:
                 self.at[self.name(e)] = at
-                at += e.count * self.width * 2
-            self.index.write(b"".join(self.name(e) + self.at[self.name(e)].to_bytes(8, "little") for e in missing))
-        stored = np.empty((sum(e.count for e in batch), self.width), np.float16)
-        begin = 0
+                at += 16 + e.count * self.width * 2
+            self.append(self.index, b"".join(self.name(e) + self.at[self.name(e)].to_bytes(8, "little") for e in missing))
+        stored, begin = np.empty((sum(e.count for e in batch), self.width), np.float16), 0
         for e in batch:
-            self.file.seek(self.at[self.name(e)])
-            if self.file.readinto(stored[begin:begin + e.count].data) != e.count * self.width * 2:
-                raise ValueError(f"{self.file.name}: shorter than its index says; delete both files, they will be made again")
+            self.file.seek(self.at[self.name(e)] + 16)
+            self.file.readinto(stored[begin:begin + e.count].data)
             begin += e.count
         return torch.from_numpy(stored).to(device, self.target.embed_tokens.weight.dtype)
+
+    @staticmethod
+    def append(file, content):
+        """All of it or an error: a full disk takes a part and says so only by the count."""
+        if file.write(content) != len(content):
+            raise OSError(f"{file.name}: the disk is full; make room and go on with --resume")
 
 
 def draft_vocabulary(examples, size, tok):
@@ -304,7 +314,8 @@ def distillation_backward(draft, target, states, batch, loss_function, scale, ch
 
     With a draft vocabulary both distributions are taken over it alone, and over an eighth as many other tokens, drawn
     anew: without them nothing would keep the other logits small, and the whole head, which other programs use, would
-    propose tokens that were never trained.
+    propose tokens that were never trained. (finetune leaves the others' rows of the head alone; the hidden states learn
+    to keep away from them.)
     """
     tokens, where = train.collate(batch, device)
     target_states = states.read(batch, device)                                          # (N, D of the target)
@@ -382,10 +393,6 @@ def finetune(args):
     # The paper mixes 9 : 1. With the default batch of 9 that is one pretraining window a step, weighted 0.1.
     windows = max(1, round(args.batch_size * share / (1 - share))) if share else 0
     optimiser = train.make_optimiser(draft, args.learning_rate, args.weight_decay)
-    if draft.draft_vocabulary is not None:
-        # Rows of the head that are never proposed keep their values: weight decay alone would wear them away.
-        others = never_proposed(draft).to(device)
-        kept = draft.head_weight().detach()[others]
     settings = {name: getattr(args, name) for name in ("loss", "samples", "baseline", "steps", "batch_size", "learning_rate", "warm_up", "weight_decay",
                 "context", "chunk", "seed", "dtype", "pretrain_context", "eval_records", "draft_vocabulary")} | {
                 "share": share, "records": f"{len(examples)} records, {examples[-1].offset} positions", **dataclasses.asdict(draft.config)}
@@ -397,6 +404,11 @@ def finetune(args):
         generator.set_state(state["generator"])
         step, seconds, positions = state["step"], state["seconds"], state["positions"]
         print(f"resuming {out} at step {step}")
+    if draft.draft_vocabulary is not None:
+        # The head's rows of all other tokens (with a tied head also what is read of them) stay as they are: they come up too
+        # seldom to be learnt, Adam would take large steps on them all the same, and decay would wear them away.
+        others = never_proposed(draft).to(device)
+        kept = draft.head_weight().detach()[others]
     train.copy_tokenizer(args.draft, out)
     train.keep_log_until(out / "log.jsonl", step)
     per_epoch = math.ceil(len(training) / args.batch_size)
@@ -426,6 +438,8 @@ def finetune(args):
                     if windows:
                         text = train.sample_batch(pretraining, windows, args.pretrain_context, generator).to(device)
                         row["pretrain_loss"] = train.next_token_loss_backward(draft, text, scale=share).item()
+                if draft.draft_vocabulary is not None:
+                    draft.head_weight().grad[others] = 0
                 norm = torch.nn.utils.clip_grad_norm_(draft.parameters(), args.clip)
                 train.require_finite(loss + norm.item(), step, out)
                 optimiser.step()

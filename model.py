@@ -99,14 +99,15 @@ class KVCache:
 # so it should cost the same for 1 token as for 8. nn.Linear's matrix product does not do that on a CPU: for one token it
 # reads at half the memory's speed, for several it copies each weight into another order first, on every call. What to do
 # instead depends on the number of tokens (README.md, "Where the time goes", has the measurements):
-# - one token: the weight as it is, seen as blocks of up to 192 rows, one batched product of blocks and token. A block fits
-#   into a core's cache, and a core reads many rows at once, which is what keeps the memory busy.
-# - two to six: the weight as it is, times the tokens as columns. The second token is free, the third and fourth cost half
-#   a pass. (The columns must be rows seen transposed: for columns that lie so in memory the library takes a slow way.)
-# - more: oneDNN's own order (64 outputs of an input side by side), made once instead of at every call. It costs nearly the
-#   same from 1 to 12 tokens, but more for 1 and 2 than the weight as it is.
+# - one: the weight as it is, seen as blocks of up to 192 rows, one batched product of blocks and token. A block fits into a
+#   core's cache, and a core reads many rows at once, which is what keeps the memory busy.
+# - two to six: the weight as it is, times the tokens as columns. The second token costs nearly nothing, the third and fourth
+#   together a third of a pass, six twice a pass. (The columns must be rows seen transposed: for columns that lie so in memory
+#   the library takes a way three times as long.)
+# - more: oneDNN's own order (64 outputs of an input side by side), made once instead of at every call. From 1 to 12 tokens it
+#   costs nearly the same, as much as four with the weight as it is.
 
-AS_IT_IS = 4      # tokens in a pass up to which the weights stay as they are
+MAX_UNPACKED_TOKENS = 4      # in a pass, up to which the weights stay as they are
 
 
 class Packed:
@@ -116,7 +117,7 @@ class Packed:
         """tokens: how many a pass will usually have at most."""
         self.sizes = [len(weight) for weight in weights]
         weight = torch.cat([weight.detach() for weight in weights]) if len(weights) > 1 else weights[0].detach()
-        self.count, self.as_it_is = weight.numel(), tokens <= AS_IT_IS
+        self.count, self.as_it_is = weight.numel(), tokens <= MAX_UNPACKED_TOKENS
         if self.as_it_is:
             rows = max(n for n in range(1, min(192, len(weight)) + 1) if len(weight) % n == 0)
             self.weight, self.blocks = weight, weight.view(-1, rows, weight.shape[1])
@@ -329,18 +330,21 @@ class Llama(nn.Module):
             packed.append(self.packed_head)
         return sum(weight.numel() for weight in self.parameters()) + sum(weights.count for weights in packed)
 
-    def pack(self, tokens=AS_IT_IS, at_least=8_000_000):
+    def pack(self, tokens=MAX_UNPACKED_TOKENS, at_least=8_000_000):
         """Make passes over few tokens cheaper on a CPU, for decoding only; returns self. The one switch of it.
 
         tokens: how many a pass will usually have at most: 1 for plain decoding, gamma + 1 for verification. It decides in
         which form the weights are kept; passes over other numbers of tokens give the same, only slower.
 
         The layers' weights are replaced by packed ones, which cannot be trained, changed or saved. The embedding, whose
-        rows are looked up, stays; above AS_IT_IS tokens a tied head is therefore there twice (113 of 538 MB for
-        SmolLM2-135M). No effect where the library for it is missing (ARM), on a GPU, where nn.Linear is at the memory's
-        limit already, or on models of fewer than at_least parameters, whose weights stay in the processor's cache: there
-        it costs 5 to 25 % (tiny world).
+        rows are looked up, stays; above MAX_UNPACKED_TOKENS a tied head is therefore there twice (113 of 538 MB for
+        SmolLM2-135M), and with a draft vocabulary the head's rows are in any case.
+
+        No effect on other processors than x86, on a GPU, where nn.Linear is at the memory's limit already, or on models of
+        fewer than at_least parameters, whose weights stay in the processor's cache: there it costs 5 to 25 % (tiny world).
         """
+        if self.embed_tokens.weight.dtype == torch.float16:      # oneDNN's order needs a processor with fp16 arithmetic
+            tokens = min(tokens, MAX_UNPACKED_TOKENS)
         x86 = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
         if self.embed_tokens.weight.device.type != "cpu" or not x86 or self.parameter_count() < at_least:
             return self

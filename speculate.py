@@ -91,11 +91,21 @@ class AutoGamma:
         self.idle = 0 if gamma else self.idle + 1
 
 
-def measured_gamma(target, draft, largest=model.AS_IT_IS):
-    """An AutoGamma with the costs on this machine, measured in under a second."""
+def measured_gamma(target, draft):
+    """An AutoGamma with the costs on this machine, measured in about a second."""
+    largest = model.MAX_UNPACKED_TOKENS if target.packed_head else 8     # beyond, this form of the weights costs too much
     step = pass_seconds(target, 1, repeats=3)
     verify = [1.0, 1.0] + [pass_seconds(target, width, repeats=3) / step for width in range(2, largest + 2)]
     return AutoGamma(pass_seconds(draft, 1) / step, verify)
+
+
+def load_verifiers(folder, gammas, device, dtype):
+    """(target, {gamma: target}): for plain decoding and small gammas one in the form for few tokens, for larger ones a second
+    copy in the form for many, if any gamma needs it and the machine has such forms; so each is timed at its best."""
+    target = model.load(folder, device, dtype).pack()
+    many = [gamma for gamma in gammas if gamma + 1 > model.MAX_UNPACKED_TOKENS and target.packed_head]
+    wide = model.load(folder, device, dtype).pack(max(many) + 1) if many else None
+    return target, {gamma: wide if gamma in many else target for gamma in gammas}
 
 
 # ---- The two loops ---------------------------------------------------------------------------------------------------
@@ -367,14 +377,12 @@ def summarise(task, gamma, runs, args, size_ratio, seed):
             "greedy_mismatches": sum(a.tokens != b.tokens for a, _, b, _ in runs) if greedy else None}
 
 
-def bench(pair, wide, args):
+def bench(pair, verifiers, args):
     """Time every prompt of a file with plain decoding and with each gamma, alternated prompt by prompt in this process.
 
-    wide: the target again, in the form for many tokens in flight, or None where no gamma needs it. Plain decoding and
-    small gammas take the pair's, so that each is timed in the form that is best for it.
+    verifiers: {gamma: the target in the form for it} (load_verifiers); plain decoding takes the pair's.
     """
     target, draft, tok, device = pair
-    verifier = {gamma: target if gamma < model.AS_IT_IS else wide for gamma in args.gamma}
     prompts = files.read_prompts(args.bench)
     if args.limit:
         tasks = [prompt["task"] for prompt in prompts]
@@ -388,7 +396,7 @@ def bench(pair, wide, args):
     size_ratio = draft.parameter_count() / target.parameter_count()
     step = pass_seconds(target, 1)
     draft_step = pass_seconds(draft, 1) / step
-    verify = {gamma: pass_seconds(verifier[gamma], gamma + 1) / step for gamma in args.gamma}
+    verify = {gamma: pass_seconds(verifiers[gamma], gamma + 1) / step for gamma in args.gamma}
     print(f"target step {step * 1e3:.1f} ms; over it, a drafter step is {draft_step:.3f}, verification "
           + ", ".join(f"{ratio:.2f} (gamma {gamma})" for gamma, ratio in verify.items()))
 
@@ -401,7 +409,7 @@ def bench(pair, wide, args):
         if gamma is None:
             made = autoregressive_generate(target, tokens, args.max_new_tokens, *rest)
         else:
-            made = speculative_generate(verifier[gamma], draft, tokens, args.max_new_tokens, gamma, *rest)
+            made = speculative_generate(verifiers[gamma], draft, tokens, args.max_new_tokens, gamma, *rest)
         return made, time.perf_counter() - begin
 
     for gamma in (None, args.gamma[0]):           # warms up, not counted
@@ -484,8 +492,12 @@ def main():
     if style == "plain":                          # in a pipe stdout carries the answer alone
         stdout, sys.stdout = sys.stdout, sys.stderr
     device, dtype = model.set_up(args)
-    widest = model.AS_IT_IS if args.bench or args.gamma[0] == "auto" else args.gamma[0] + 1
-    target, draft = model.load(args.target, device, dtype).pack(widest), model.load(args.draft, device, dtype).pack()
+    if args.bench:
+        target, verifiers = load_verifiers(args.target, args.gamma, device, dtype)
+    else:
+        in_flight = model.MAX_UNPACKED_TOKENS if args.gamma[0] == "auto" else args.gamma[0] + 1
+        target = model.load(args.target, device, dtype).pack(in_flight)
+    draft = model.load(args.draft, device, dtype).pack()
     print(f"target {target.parameter_count() / 1e6:.1f} M parameters, drafter {draft.parameter_count() / 1e6:.1f} M")
     if style == "plain":
         sys.stdout = stdout
@@ -493,8 +505,7 @@ def main():
     if args.gamma[0] == "auto":
         args.gamma[0] = measured_gamma(target, draft)
     if args.bench:
-        widest = max(args.gamma) + 1
-        bench(pair, model.load(args.target, device, dtype).pack(widest) if widest > model.AS_IT_IS else None, args)
+        bench(pair, verifiers, args)
         print(f"next: python speculate.py --target {args.target} --draft {args.draft} --chat")
     elif args.chat:
         chat(pair, args, style)

@@ -105,7 +105,7 @@ class Example:
 
     tokens: list
     first: int
-    offset: int       # answer positions before this record's in its file (distill.TargetStates)
+    offset: int       # answer positions before this record's in its file
 
     @property
     def count(self):

@@ -140,15 +140,20 @@ def passages(rng):
 
 def prompts(count, seed):
     """`count` different prompts. Tasks are drawn in the proportions of SHARES; a prompt that is there already is drawn again, so
-    of 2,400 only 37 % are open questions, and the more are asked for, the fewer: only summaries never run out."""
+    of 2,400 only 37 % are open questions, and the more are asked for, the fewer: open questions and code run out first."""
     rng, rows, seen = random.Random(seed), [], set()
     texts = passages(rng)
     while len(rows) < count:
         task = rng.choices(list(SHARES), SHARES.values())[0]
         b = rng.randint(2, 12)
-        numbers = {"a": str(b * rng.randint(2, 12)), "b": str(b)}
-        text = re.sub(r"\{(\w+)\}", lambda match: numbers.get(match[1]) or (next(texts) if match[1] == "passage" else rng.choice(FILL[match[1]])),
-                      rng.choice(FORMS[task]))
+        chosen = {"a": str(b * rng.randint(2, 12)), "b": str(b)}           # what a form names twice is the same both times
+
+        def fill(match, chosen=chosen):
+            name = match[1]
+            if name not in chosen:
+                chosen[name] = next(texts) if name == "passage" else rng.choice(FILL[name])
+            return chosen[name]
+        text = re.sub(r"\{(\w+)\}", fill, rng.choice(FORMS[task]))
         if text not in seen:
             seen.add(text)
             rows.append({"task": task, "prompt": text})

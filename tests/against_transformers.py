@@ -32,14 +32,14 @@ def ways_of(args, device):
     import transformers
     transformers.logging.set_verbosity_error()
     tok = tokenizer.load(args.target)
-    target, draft = model.load(args.target, device).pack(), model.load(args.draft, device).pack()
-    wide = model.load(args.target, device).pack(max(args.gamma) + 1)
+    target, verifiers = speculate.load_verifiers(args.target, args.gamma, device, torch.float32)
+    draft = model.load(args.draft, device).pack()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(args.target, dtype=torch.float32).to(device).eval()
     assistant = transformers.AutoModelForCausalLM.from_pretrained(args.draft, dtype=torch.float32).to(device).eval()
     for llama in (theirs, assistant):             # only what is set here decides, nothing from generation_config.json
         llama.generation_config = transformers.GenerationConfig(eos_token_id=list(tok.eos_ids), pad_token_id=tok.pad_id, do_sample=False)
     auto = speculate.measured_gamma(target, draft)
-    print("costs in plain steps that auto measured: drafter step {:.3f}, passes over 1 to 9 tokens {}".format(
+    print("costs in plain steps that auto measured: drafter step {:.3f}, passes over 1, 2, ... tokens {}".format(
         auto.draft_cost, " ".join(f"{cost:.2f}" for cost in auto.verify_costs[1:])))
 
     def plain(ids):
@@ -47,10 +47,8 @@ def ways_of(args, device):
         return made.tokens, made.target_calls
 
     def speculative(gamma):
-        llama = wide if isinstance(gamma, int) and gamma >= model.AS_IT_IS else target
-
         def run(ids):
-            made = speculate.speculative_generate(llama, draft, torch.tensor([ids]), args.max_new_tokens, gamma, 0.0, 1.0, tok.eos_ids)
+            made = speculate.speculative_generate(verifiers.get(gamma, target), draft, torch.tensor([ids]), args.max_new_tokens, gamma, 0.0, 1.0, tok.eos_ids)
             return made.tokens, made.target_calls
         return run
 
@@ -186,13 +184,13 @@ def compare(args):
 
 
 @torch.inference_mode()
-def passes(args, packed, device, widths=(1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16), repeats=15):
+def passes(args, target, device, widths=(1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16), repeats=15):
     """Median milliseconds of one pass over `width` tokens after 200 others: both forms of pack(), and nn.Linear, alternated."""
-    models = {"weights as they are": packed, "packed for more": model.load(args.target, device).pack(8),
+    models = {"weights as they are": target, "packed for more": model.load(args.target, device).pack(8),
               "nn.Linear": model.load(args.target, device)}
     costs = {name: [] for name in models}
     for width in widths:
-        tokens, cache = torch.zeros(1, width, dtype=torch.int64), model.KVCache(packed.config, 1, 220)
+        tokens, cache = torch.zeros(1, width, dtype=torch.int64), model.KVCache(target.config, 1, 220)
         seconds = {name: [] for name in models}
         for _ in range(repeats + 1):
             for name, llama in models.items():

@@ -148,5 +148,8 @@ def test_everyday_instructions_are_different_whole_and_the_same_for_a_seed(tmp_p
     # Every list is used by some form, and every form uses only lists that exist.
     used = {name for forms in everyday.FORMS.values() for form in forms for name in re.findall(r"\{(\w+)\}", form)}
     assert used == {*everyday.FILL, "passage", "a", "b"}
+    for row in rows:                              # what is named twice is the same both times
+        words = re.findall(r"\w+", row["prompt"]) if row["task"] == "reasoning" else []
+        assert all(len(set(words) & set(everyday.FILL[name])) <= 1 for name in ("item", "name")), row
     files.write_jsonl(tmp_path / "everyday.jsonl", rows)
     assert len(files.read_prompts(tmp_path / "everyday.jsonl")) == 600

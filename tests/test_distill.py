@@ -1,8 +1,10 @@
 """Generation: ragged rows, whole records, exact resume. Fine-tuning: the right positions, the exact gradient, resume."""
 
 import json
+import os
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -48,12 +50,13 @@ def generate(monkeypatch, folders, out, *more):
 
 # ---- generate --------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("batch_size, shared", [(1, 0), (3, 0), (3, 6), (24, 6), (24, 0)])
+@pytest.mark.parametrize("batch_size, shared", [(1, 0), (3, 0), (3, 6), (24, 6), (40, 0)])
 def test_a_ragged_batch_gives_each_row_what_it_would_get_alone(folders, monkeypatch, batch_size, shared):
     target = model.load(folders / "target").requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
-    # Three times as many prompts as rows, three hundred steps: ended rows take new prompts, and columns run out more than once.
-    lengths = (3, 14, 8, 1, 9, 5, 2, 11) * 3
+    # More prompts than rows, hundreds of steps: ended rows take new prompts, and columns run out more than once. Batches of 40
+    # are filled in two goes.
+    lengths = (3, 14, 8, 1, 9, 5, 2, 11) * 5
     prompts = [[*range(10, 10 + shared)] + torch.randint(4, target.config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
     alone = [speculate.autoregressive_generate(target, torch.tensor([p]), 20, 0.0, 1.0).tokens for p in prompts]
     stops = {alone[0][4], alone[3][9], alone[5][2]}      # some rows end early, so rows leave the batch at different times
@@ -61,7 +64,7 @@ def test_a_ragged_batch_gives_each_row_what_it_would_get_alone(folders, monkeypa
     monkeypatch.setattr(model.KVCache, "forget_columns", lambda self, count, plain=model.KVCache.forget_columns:
                         (forgotten.append(count), plain(self, count)))
     found = {row: (ids, ended) for row, ids, ended in
-             distill.generate_batch(target, prompts, [0.0] * 24, 0.95, 20, stops, generator, batch_size)}
+             distill.generate_batch(target, prompts, [0.0] * 40, 0.95, 20, stops, generator, batch_size)}
     assert forgotten or batch_size > 1
     for row, tokens in enumerate(alone):
         cut = next((i for i, token in enumerate(tokens) if token in stops), None)
@@ -223,27 +226,39 @@ def test_target_states_are_computed_once_and_survive_in_the_cache(folders, recor
     tokens, where = train.collate(batch, "cpu")
     first = distill.TargetStates(target, folders / "target", examples, torch.float32).read(batch, "cpu")
     torch.testing.assert_close(first, target.hidden(tokens)[where], rtol=1e-3, atol=1e-3)
-    again = distill.TargetStates(target, folders / "target", examples, torch.float32)
-    assert len(again.at) == 4
-    with monkeypatch.context() as patch:
-        patch.setattr(again, "target", None)                     # would fail if it were run again
-        with pytest.raises(AttributeError):
-            again.read(examples[4:5], "cpu")
+    computed = []
+
+    def open_again():
+        states = distill.TargetStates(target, folders / "target", examples, torch.float32)
+        computed.clear()
+        return states
+    monkeypatch.setattr(distill.train, "collate", lambda new, device, collate=train.collate: computed.extend(new) or collate(new, device))
+    again = open_again()
+    assert again.read(batch, "cpu").equal(first) and not computed
     # Other records, in another order: only those that are new are computed.
     mixed = [examples[9], examples[2], examples[5]]
-    asked = []
-    monkeypatch.setattr(distill.train, "collate", lambda new, device, collate=train.collate: asked.append(new) or collate(new, device))
     states = again.read(mixed, "cpu")
-    assert asked == [[examples[9], examples[5]]] and len(again.at) == 6
+    assert computed == [examples[9], examples[5]]
     tokens, where = train.collate(mixed, "cpu")
     torch.testing.assert_close(states, target.hidden(tokens)[where], rtol=1e-3, atol=1e-3)
-    # A kill between states and index, and within the index: what the index names in full is whole.
-    with open(again.index.name, "ab") as index:
-        index.write(b"torn")
-    after = distill.TargetStates(target, folders / "target", examples, torch.float32)
-    assert after.read(batch, "cpu").equal(first) and len(after.at) == 6
-    after.read(examples[10:13], "cpu")
-    assert len(distill.TargetStates(target, folders / "target", examples, torch.float32).at) == 9
+    # A kill between states and index, and within the index: what the index names in full is whole, and what comes later, too.
+    for file in (again.file, again.index):
+        with open(file.name, "ab") as torn:
+            torn.write(b"torn")
+    again = open_again()
+    assert again.read(batch, "cpu").equal(first) and not computed
+    later = again.read(examples[10:13], "cpu")
+    again = open_again()
+    assert again.read(examples[10:13], "cpu").equal(later) and not computed
+    # States cut short, or gone, where the index is not: computed again, never taken from elsewhere.
+    for size in (first.nbytes // 4, 0):
+        os.truncate(again.file.name, size)
+        again = open_again()
+        assert again.read(mixed, "cpu").equal(states) and examples[9] in computed
+        assert again.read(batch, "cpu").equal(first) and again.read(examples[10:13], "cpu").equal(later)
+    monkeypatch.setattr(again, "file", SimpleNamespace(name="f", write=lambda content: 5))
+    with pytest.raises(OSError, match="the disk is full"):
+        again.read(examples[20:21], "cpu")
 
 
 def test_rows_outside_the_draft_vocabulary_keep_their_values(folders, records, tmp_path, monkeypatch):
@@ -339,8 +354,7 @@ def test_cached_states_give_the_targets_distributions_back():
     for e in examples:
         tokens, where = train.collate([e], "cpu")
         with torch.no_grad():
-            with torch.autocast("cpu", torch.bfloat16):
-                kept = states.read([e], "cpu")
+            kept = states.read([e], "cpu")
             truth, p_logits, q_logits = (f(x) for f, x in ((target.head, target.hidden(tokens)[where]), (target.head, kept), (draft.head, draft.hidden(tokens)[where])))
             kl += losses.kld(p_logits, truth).sum().item()
             exact += losses.overlap(q_logits, truth).sum().item()

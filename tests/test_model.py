@@ -97,7 +97,7 @@ def test_a_parameter_changed_in_place_changes_the_output():
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-5), (torch.bfloat16, 0.05), (torch.float16, 0.01)])
 @pytest.mark.parametrize("tokens", [1, 8])
 def test_a_packed_model_gives_the_same_logits_for_any_number_of_tokens(tied, dtype, close, tokens, tmp_path):
     plain = tiny_llama(0, vocab=130, layers=2, hidden=32, heads=4, kv_heads=2, tied=tied).to(dtype)
