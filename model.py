@@ -101,13 +101,12 @@ class KVCache:
 # instead depends on the number of tokens (README.md, "Where the time goes", has the measurements):
 # - one: the weight as it is, seen as blocks of up to 192 rows, one batched product of blocks and token. A block fits into a
 #   core's cache, and a core reads many rows at once, which is what keeps the memory busy.
-# - two to six: the weight as it is, times the tokens as columns. The second token costs nearly nothing, the third and fourth
-#   together a third of a pass, six twice a pass. (The columns must be rows seen transposed: for columns that lie so in memory
-#   the library takes a way three times as long.)
-# - more: oneDNN's own order (64 outputs of an input side by side), made once instead of at every call. From 1 to 12 tokens it
-#   costs nearly the same, as much as four with the weight as it is.
+# - two to six: the weight as it is, times the tokens as columns. Two cost 1.0 to 1.2 times what one does, four 1.4 to 1.7, six
+#   2 to 2.4. (The columns must be rows seen transposed: for columns that lie so in memory the library takes three times as long.)
+# - more: oneDNN's own order (64 outputs of an input side by side), made once instead of at every call. From 3 to 12 tokens it
+#   costs 1.3 to 1.5 times what one token does in the first form, for one or two tokens no less.
 
-MAX_UNPACKED_TOKENS = 4      # in a pass, up to which the weights stay as they are
+MAX_UNPACKED_TOKENS = 2      # in a pass, up to which the weights stay as they are
 
 
 class Packed:
