@@ -101,8 +101,8 @@ class KVCache:
 # instead depends on the number of tokens (README.md, "Where the time goes", has the measurements):
 # - one: the weight as it is, seen as blocks of up to 192 rows, one batched product of blocks and token. A block fits into a
 #   core's cache, and a core reads many rows at once, which is what keeps the memory busy.
-# - two to six: the weight as it is, times the tokens as columns. Two cost 1.0 to 1.2 times what one does, four 1.4 to 1.7, six
-#   2 to 2.4. (The columns must be rows seen transposed: for columns that lie so in memory the library takes three times as long.)
+# - two to six: the weight as it is, times the tokens as columns. Two cost 1.05 to 1.4 times what one does, four 1.35 to 1.8,
+#   six 1.9 to 2.4. (The columns must be rows seen transposed: for columns that lie so in memory the library takes three times as long.)
 # - more: oneDNN's own order (64 outputs of an input side by side), made once instead of at every call. From 3 to 12 tokens it
 #   costs 1.3 to 1.5 times what one token does in the first form, for one or two tokens no less.
 

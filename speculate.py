@@ -92,7 +92,7 @@ class AutoGamma:
 
 
 def measured_gamma(target, draft):
-    """An AutoGamma with the costs on this machine, measured in about a second."""
+    """An AutoGamma with the costs on this machine, measured in under a second here."""
     largest = 4 if target.packed_head else 8      # wider passes cost too much in the form that plain decoding needs
     step = pass_seconds(target, 1, repeats=3)
     verify = [1.0, 1.0] + [pass_seconds(target, width, repeats=3) / step for width in range(2, largest + 2)]
