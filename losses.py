@@ -97,12 +97,12 @@ def tvd(draft_logits, target_logits):
 
         grad TVD = -sum_x r(x) grad q(x) = -E_{x~q}[ r(x) grad log q(x) ]
 
-    since grad q = q grad log q. In the draft logit of token y this is q(y) (E_q[r] - r(y)). The sum below is
-    1 - sum min(p, q) with the minimum written as a choice, so that ties fall on r = 0 as in the equation (an
-    automatic derivative of |p - q| or of a minimum would choose for us).
+    since grad q = q grad log q. In the draft logit of token y this is q(y) (E_q[r] - r(y)). Both sum to 1, so the half sum of
+    |p - q| is the sum of its positive part max(p - q, 0) alone, and where that is 0 its derivative is 0, so that ties
+    fall on r = 0 as in the equation (an automatic derivative of |p - q| or of a minimum would choose for us).
     """
     p, q = target_p(target_logits), torch.softmax(draft_logits.float(), dim=-1)
-    return 1 - torch.where(p > q, q, p).sum(-1)
+    return F.relu(p - q).sum(-1)          # torch.where(p > q, q, p) would do, in twice the time
 
 
 def reward_mean_and_deviation(draft_logits, target_logits, floor=1e-3):
