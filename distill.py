@@ -95,9 +95,11 @@ def generate_batch(target, prompts, temperatures, top_p, max_new_tokens, stop_id
             keep = torch.tensor([i for i, row in enumerate(rows) if row is not None], device=device)
             cache.keep(keep)
             tokens, heat, rows = tokens[keep], heat[keep], [row for row in rows if row is not None]
-        if cache.length == cache.max_len:
-            live = torch.tensor([i for i, row in enumerate(rows) if row is not None], device=device)
-            cache.forget_columns(min(int(cache.start[live].min()), cache.length - max([0] + [len(prompts[i]) for i in waiting[-1:]])))
+        # Columns that no answer needs any more, and no prompt that waits will, are attended to in vain: forget them now and then.
+        live = torch.tensor([i for i, row in enumerate(rows) if row is not None], device=device)
+        unused = min(int(cache.start[live].min()), cache.length - max([0] + [len(prompts[i]) for i in waiting[-1:]]))
+        if unused > cache.length / 8 or cache.length == cache.max_len:
+            cache.forget_columns(unused)
         logits = target.head(target.hidden(tokens, cache)[:, -1])                                  # (B, V)
         p, ids = model.candidates(logits, heat, top_p)
         tokens = ids.gather(1, model.sample(p, generator)[:, None])                                # (B, 1)
