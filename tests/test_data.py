@@ -140,9 +140,9 @@ def test_a_broken_download_and_a_damaged_folder_are_made_again(tmp_path, monkeyp
 
 
 def test_everyday_instructions_are_different_whole_and_the_same_for_a_seed(tmp_path):
-    rows = everyday.prompts(600, seed=1)
+    rows = everyday.prompts(600, 1, list(everyday.SHARES))
     texts = [row["prompt"] for row in rows]
-    assert len(set(texts)) == 600 and rows == everyday.prompts(600, seed=1) != everyday.prompts(600, seed=2)
+    assert len(set(texts)) == 600 and rows == everyday.prompts(600, 1, list(everyday.SHARES)) != everyday.prompts(600, 2, list(everyday.SHARES))
     assert {row["task"] for row in rows} == {row["task"] for row in files.read_prompts(Path(everyday.__file__).parent / "prompts" / "dev.jsonl")}
     assert not any(mark in text for text in texts for mark in "{}|") and all(len(text.split()) >= 3 for text in texts)
     # Every list is used by some form, and every form uses only lists that exist.
@@ -153,3 +153,22 @@ def test_everyday_instructions_are_different_whole_and_the_same_for_a_seed(tmp_p
         assert all(len(set(words) & set(everyday.FILL[name])) <= 1 for name in ("item", "name")), row
     files.write_jsonl(tmp_path / "everyday.jsonl", rows)
     assert len(files.read_prompts(tmp_path / "everyday.jsonl")) == 600
+    assert {row["task"] for row in everyday.prompts(50, 1, ["code", "open"])} == {"code", "open"}
+    with pytest.raises(ValueError, match="no new one was found; ask for fewer"):
+        everyday.prompts(2000, 1, ["code"])
+
+
+def test_follow_ups_are_second_turns_to_short_finished_answers_of_open_questions(tmp_path):
+    def record(task, words, ended):
+        return {"task": task, "messages": [{"role": "user", "content": f"{task} {words} {ended}"}], "response": "word " * words, "ended": ended}
+    records = [record("open", 20, True), record("open", 30, True), record("open", 200, True), record("open", 0, True), record("open", 10, False),
+               record("code", 20, True)]
+    rows = everyday.follow_ups(records, 2, seed=0)
+    assert rows == everyday.follow_ups(records, 2, seed=0)
+    files.write_jsonl(tmp_path / "follow-ups.jsonl", rows)
+    for row in files.read_prompts(tmp_path / "follow-ups.jsonl"):
+        question, answer, more = row["messages"]
+        assert [m["role"] for m in row["messages"]] == ["user", "assistant", "user"] and more["content"] in everyday.FOLLOW_UPS
+        assert {"task": "open", "messages": [question], "response": answer["content"], "ended": True} in records[:2]
+    with pytest.raises(ValueError, match="only 2 open questions"):
+        everyday.follow_ups(records, 3, seed=0)
