@@ -399,11 +399,14 @@ def finetune(args):
                 "context", "chunk", "seed", "dtype", "pretrain_context", "eval_records", "draft_vocabulary")} | {
                 "share": share, "records": f"{len(examples)} records, {examples[-1].offset} positions", **dataclasses.asdict(draft.config)}
     step, seconds, positions, out = 0, 0.0, 0, args.out
+    memory = getattr(loss_function, "keywords", {}).get("baseline")
+    memory = vars(memory) if isinstance(memory, losses.RunningMean) else {}              # what a baseline remembers of earlier steps
     if args.resume and (out / "training.pt").is_file():
         state = train.read_checkpoint(out, settings)
         draft.load_state_dict(state["weights"])
         optimiser.load_state_dict(state["optimiser"])
         generator.set_state(state["generator"])
+        memory.update(state.get("baseline", {}))
         step, seconds, positions = state["step"], state["seconds"], state["positions"]
         print(f"resuming {out} at step {step}")
     if draft.draft_vocabulary is not None:
@@ -432,7 +435,7 @@ def finetune(args):
                 train.require_finite(held_alpha, step, out)
             if due and step > 0:
                 train.save_checkpoint(out, draft, {"optimiser": optimiser.state_dict(), "generator": generator.get_state(), "step": step,
-                                                   "positions": positions, "seconds": time.monotonic() - began, "settings": settings})
+                                                   "positions": positions, "seconds": time.monotonic() - began, "settings": settings, "baseline": dict(memory)})
             if step < args.steps:
                 batch = train.batch_at(training, args.batch_size, args.seed, step)
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

@@ -192,17 +192,16 @@ def leave_one_out(rewards, p, q):
     return (rewards.sum(-1, keepdim=True) - rewards) / (K - 1)
 
 
-def running_mean(decay=0.9):
+class RunningMean:
     """A mean over earlier batches, b <- decay b + (1 - decay) mean(r), 0 at first. Unbiased: it depends on the past only.
-    Assumes that the drafter changes slowly. It has a memory, so each training makes its own."""
-    mean = 0.0
+    Assumes that the drafter changes slowly. It has a memory, `mean`, so each training makes its own and saves it."""
 
-    def baseline(rewards, p, q):
-        nonlocal mean
-        before, mean = mean, decay * mean + (1 - decay) * rewards.mean().item()
+    def __init__(self, decay=0.9):
+        self.decay, self.mean = decay, 0.0
+
+    def __call__(self, rewards, p, q):
+        before, self.mean = self.mean, self.decay * self.mean + (1 - self.decay) * rewards.mean().item()
         return before
-
-    return baseline
 
 
 def least_variance(rewards, p, q):
@@ -216,7 +215,7 @@ def least_variance(rewards, p, q):
 
 
 BASELINES = {"none": no_baseline, "batch": batch_mean, "expected": expected_reward, "leave-one-out": leave_one_out,
-             "running": running_mean(), "least-variance": least_variance}
+             "running": RunningMean(), "least-variance": least_variance}
 
 
 def draw(q, samples, generator=None):
@@ -278,7 +277,7 @@ def choose(name, samples=1, baseline=None, generator=None):
         raise ValueError(f"--baseline {baseline} is none of {', '.join(BASELINES)}")
     if samples < 1 or (baseline == "leave-one-out" and samples < 2):
         raise ValueError(f"--samples {samples}: expected at least 1, or 2 for --baseline leave-one-out")
-    options = {"baseline": running_mean() if baseline == "running" else baseline} if baseline else {}
+    options = {"baseline": RunningMean() if baseline == "running" else baseline} if baseline else {}
     return functools.partial(LOSSES[name], samples=samples, generator=generator, **options)
 
 

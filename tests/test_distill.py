@@ -278,8 +278,9 @@ def test_finetuning_raises_the_acceptance_rate_on_held_out_answers(folders, reco
     assert tokenizer.load(tmp_path / "out").fingerprint == tokenizer.load(folders / "target").fingerprint
 
 
-def test_resume_goes_on_exactly(folders, records, tmp_path, monkeypatch):
-    settings = ("--loss", "tvd++", "--steps", 12, "--save-every", 4, "--eval-every", 3)
+@pytest.mark.parametrize("loss", [("--loss", "tvd++"), ("--loss", "tvd-sampled", "--baseline", "running")])
+def test_resume_goes_on_exactly(loss, folders, records, tmp_path, monkeypatch):
+    settings = (*loss, "--steps", 12, "--save-every", 4, "--eval-every", 3)
     finetune(monkeypatch, folders, records, tmp_path / "whole", *settings)
 
     def killed(loss, step, out, check=distill.train.require_finite):
@@ -296,7 +297,7 @@ def test_resume_goes_on_exactly(folders, records, tmp_path, monkeypatch):
     one, other = (model.load(tmp_path / name) for name in ("whole", "broken"))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters()))
     with pytest.raises(ValueError, match="loss was tvd"):
-        finetune(monkeypatch, folders, records, tmp_path / "broken", "--loss", "kld", *settings[2:], "--resume")
+        finetune(monkeypatch, folders, records, tmp_path / "broken", "--loss", "kld", *settings[len(loss):], "--resume")
 
 
 def test_pretraining_text_is_mixed_in(folders, records, tmp_path, monkeypatch):

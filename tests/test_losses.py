@@ -124,7 +124,7 @@ def test_implied_tau():
 # ---- The sampled form -------------------------------------------------------------------------------------------------
 
 UNBIASED = {"none": losses.no_baseline, "expected": losses.expected_reward, "least-variance": losses.least_variance,
-            "running": lambda *_: losses.running_mean()(torch.ones(1), None, None), "constant": lambda *_: 0.37}
+            "running": lambda *_: losses.RunningMean()(torch.ones(1), None, None), "constant": lambda *_: 0.37}
 
 
 def enumerated_mean(monkeypatch, rows, samples, loss=losses.tvd_sampled, **options):
@@ -203,7 +203,7 @@ def test_tokens_are_drawn_from_q_and_the_value_estimates_tvd():
 
 
 def test_the_running_mean_forgets_and_each_training_has_its_own():
-    baseline = losses.running_mean(0.5)
+    baseline = losses.RunningMean(0.5)
     assert [baseline(torch.ones(3), None, None) for _ in range(3)] == [0.0, 0.5, 0.75]
     one, other = (losses.choose("tvd-sampled", baseline="running") for _ in range(2))
     assert one.keywords["baseline"] is not other.keywords["baseline"]
