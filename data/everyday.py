@@ -2,7 +2,7 @@
 
     python data/everyday.py --count 2400                              -> out/everyday.jsonl
     python data/everyday.py --count 2000 --tasks open --seed 1 --out out/everyday-open.jsonl
-    python data/everyday.py --count 400 --follow-up data/smollm2-everyday.jsonl.gz --out out/follow-ups.jsonl
+    python data/everyday.py --count 300 --follow-up data/smollm2-everyday.jsonl.gz --out out/follow-ups.jsonl
     python data/splits.py --train out/everyday.jsonl --drop out/everyday-clean.jsonl
     python distill.py generate --target DIR --prompts out/everyday-clean.jsonl --out out/records-3.jsonl
 
@@ -236,7 +236,7 @@ FOLLOW_UPS = listed("""Can you explain that in simpler words? | Can you give me 
 def follow_ups(records, count, seed):
     """`count` second turns: what was asked and answered in a record of an open question with a short answer, and a question about it."""
     rng = random.Random(seed)
-    short = [row for row in records if row["task"] == "open" and row["ended"] and 0 < len(row["response"].split()) <= 150]
+    short = [row for row in records if row.get("task") == "open" and row.get("ended") and 0 < len(row.get("response", "").split()) <= 150]
     if len(short) < count:
         raise ValueError(f"--count {count}: the records hold only {len(short)} open questions with a short answer; ask for fewer")
     return [{"task": "open", "messages": [*row["messages"], {"role": "assistant", "content": row["response"]},
