@@ -92,7 +92,7 @@ def draw_curves(path, curves):
             axes.plot(*zip(*points), color=f"C{k}", alpha=0.2)
         axes.plot([step for step, _ in seeds[0]], np.mean([[a for _, a in points] for points in seeds], 0), color=f"C{k}", label=name)
     axes.set(xlabel="fine-tuning steps", ylabel="E[sum min(p, q)] on held-out answers", title="Which loss is better?")
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside right center")
     figure.savefig(path, dpi=110)
 
 
