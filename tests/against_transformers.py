@@ -112,12 +112,18 @@ def llama_cpp(args):
             writer.write_tensors_to_file()
             writer.close()
     here, there = multiprocessing.Pipe()
-    multiprocessing.get_context("spawn").Process(target=serve_llama_cpp, args=(there, str(path), torch.get_num_threads()), daemon=True).start()
+    server = multiprocessing.get_context("spawn").Process(target=serve_llama_cpp, args=(there, str(path), torch.get_num_threads()), daemon=True)
+    server.start()
     there.close()
 
     def run(ids):
-        here.send({"prompt": ids, "n_predict": args.max_new_tokens, "temperature": 0, "cache_prompt": False})
-        said = here.recv()
+        try:
+            if not server.is_alive():             # files.run lets a write to a closed pipe end the program without a word
+                raise EOFError
+            here.send({"prompt": ids, "n_predict": args.max_new_tokens, "temperature": 0, "cache_prompt": False})
+            said = here.recv()
+        except EOFError:
+            raise ValueError("llama.cpp's process has ended, for the reason above; without xllamacpp its row is left out") from None
         return Text(said["choices"][0]["text"], said["usage"]["completion_tokens"]), None
     return run
 
