@@ -369,7 +369,7 @@ def candidates(logits, temperature=1.0, top_p=1.0):
 
     Temperature first, then top-p: the smallest set of most probable tokens whose mass reaches top_p, the token that
     crosses kept, renormalised; 1 cuts nothing. temperature: a number, or one a row (N,); 0 is greedy, one-hot.
-    K is as large as the widest row needs; what a narrower row does not need has p = 0.
+    K is as large as the widest row needs. What a narrower row does not need has p = 0 and the id V, which is no token.
     """
     if isinstance(temperature, (int, float)) and temperature == 0:      # a short cut: no softmax where nothing is weighed
         ids = logits.argmax(-1, keepdim=True)
@@ -390,7 +390,7 @@ def candidates(logits, temperature=1.0, top_p=1.0):
         short = values.sum(-1) < top_p
         if not short.any():
             break
-        values, ids = (F.pad(x, (0, width - x.shape[-1])) for x in (values, ids))
+        values, ids = (F.pad(x, (0, width - x.shape[-1]), value=padding) for x, padding in ((values, 0), (ids, V)))
         values[short], ids[short] = p[short].topk(width)
     values = values * (values.cumsum(-1) - values < top_p)   # kept if the mass before it is still below top_p
     return values / values.sum(-1, keepdim=True), ids
@@ -402,7 +402,10 @@ def probabilities(logits, temperature=1.0, top_p=1.0):
     Both target and drafter go through here, so that p and q are shaped alike before they are compared.
     """
     p, ids = candidates(logits, temperature, top_p)
-    return p if top_p >= 1 and p.shape == logits.shape else torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, ids, p)
+    if p.shape == logits.shape and top_p >= 1:
+        return p
+    N, V = logits.shape
+    return torch.zeros(N, V + 1, device=p.device).scatter_(-1, ids, p)[:, :V]      # column V takes the padding ids
 
 
 def sample(p, generator=None):

@@ -154,6 +154,54 @@ def test_nucleus_equals_the_full_sort(vocab, scale):
         torch.testing.assert_close(ours, expected, rtol=2e-3, atol=1e-6)
 
 
+def nucleus_by_definition(logits, temperature, top_p):
+    """One row (V,), in double precision: sort everything, keep what has less than top_p before it, renormalise."""
+    p = torch.softmax(logits.double() / temperature, -1) if temperature else (logits == logits.max()).double()
+    values, order = p.sort(descending=True, stable=True)
+    p = torch.zeros_like(p).scatter(0, order, values * (values.cumsum(0) - values < top_p))
+    return p / p.sum()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_row_of_a_batch_equals_itself_alone(seed):
+    """Peaked and flat rows side by side, over vocabularies on both sides of 256 and 4,096, the first and the last token
+    among the likely ones: a row's distribution may not depend on its neighbours, nor on how they are padded."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(*options):
+        return options[torch.randint(len(options), (), generator=generator)]
+
+    vocab, rows, top_p = choose(3, 255, 257, 1000, 4095, 4097, 9000), choose(2, 3, 8), choose(0.1, 0.5, 0.9, 0.95, 0.999, 1.0)
+    spread = torch.tensor([choose(0.0, 0.01, 1.0, 6.0) for _ in range(rows)])
+    logits = spread[:, None] * torch.randn(rows, vocab, generator=generator)
+    likely = [choose([], [0], [vocab - 1], [0, vocab - 1], [0, 1]) for _ in range(rows)]
+    for row, ids in enumerate(likely):
+        for rank, token in enumerate(ids):
+            logits[row, token] = 3 * spread[row] + 12 - rank
+    temperature = choose(0.0, 0.3, 1.0, 2.0, torch.tensor([choose(0.0, 0.6, 1.0, 2.0) for _ in range(rows)]))
+    p = model.probabilities(logits, temperature, top_p)
+    for row in range(rows):
+        its_own = temperature[row].item() if isinstance(temperature, torch.Tensor) else temperature
+        torch.testing.assert_close(p[row], model.probabilities(logits[row:row + 1], its_own, top_p)[0], rtol=1e-5, atol=1e-9)
+        expected = nucleus_by_definition(logits[row], its_own, top_p)
+        # Which of several equal tokens is kept is open, and where sums round to the other side of top_p, one at the edge.
+        ours, theirs = p[row].double().sort(descending=True).values, expected.sort(descending=True).values
+        assert (ours - theirs).abs().sum() <= 2 * theirs[theirs > 0].min() + 1e-5
+        dropped = logits[row, p[row] == 0]
+        assert not len(dropped) or dropped.max() <= logits[row, p[row] > 0].min() + 1e-4          # the most probable are kept
+
+
+def test_a_flat_row_takes_nothing_from_its_peaked_neighbour():
+    """The fault as it was found: the padding of the peaked row had id 0, and a zero was written over the real token 0."""
+    logits = torch.zeros(2, 1000)
+    logits[0, 0], logits[0, 1] = 12.0, 11.0
+    p = model.probabilities(logits, 1.0, 0.95)
+    torch.testing.assert_close(p.sum(-1), torch.ones(2))
+    torch.testing.assert_close(p[0, :2], torch.tensor([1.0, 0.0]).add(torch.tensor([-1.0, 1.0]) / (1 + torch.e)), rtol=1e-4, atol=0)
+    values, ids = model.candidates(logits, 1.0, 0.95)
+    assert values.shape[1] == 1000 and (ids[0, 256:] == 1000).all() and ids[1].sort().values.equal(torch.arange(1000))
+
+
 def test_the_token_that_crosses_top_p_is_kept():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     torch.testing.assert_close(model.probabilities(logits, 1.0, 0.79), torch.tensor([[0.625, 0.375, 0, 0]]))

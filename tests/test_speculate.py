@@ -103,6 +103,42 @@ def test_a_drafter_with_a_vocabulary_of_its_own_changes_no_probability(monkeypat
     assert min(kinds[kind] for kind in ("accepted", "corrected", "bonus")) > 100 and p_value > 0.001, (kinds, p_value)
 
 
+# ---- A vocabulary above 256, peaked and flat places, top-p -----------------------------------------------------------
+
+def bigram(table):
+    """A target without layers, whose logits after token x are table[x]: the exact distribution stands in the table."""
+    V = len(table)
+    llama = tiny_llama(0, vocab=V, layers=0, hidden=V, heads=1, context=8192)
+    llama.embed_tokens.weight.copy_(torch.eye(V))
+    llama.lm_head.weight.copy_((table / V ** 0.5).T)             # the norm makes a one-hot vector root V long
+    return llama
+
+
+@pytest.mark.parametrize("temperature, top_p, gamma", [(1.0, 0.95, 3), (0.7, 0.9, 1), (1.1, 0.9, 2)])
+def test_large_vocabularies_with_peaked_and_flat_places_keep_the_targets_distribution(temperature, top_p, gamma):
+    """After an even token few others are likely, the first and the last among them; after an odd one nearly all are."""
+    V, generator = 600, torch.Generator().manual_seed(5)
+    table = 0.3 * torch.randn(V, V, generator=generator)
+    table[::2, 0], table[::2, V - 1], table[::2, 7], table[::2, 8] = 9.0, 8.5, 8.0, 8.3
+    target, draft = bigram(table), bigram(table + 0.7 * torch.randn(V, V, generator=generator))
+    made = speculate.speculative_generate(target, draft, torch.tensor([[0]]), 3000, gamma, temperature, top_p, (), generator)
+    assert min(made.kinds.count(kind) for kind in ("accepted", "corrected", "bonus")) > 100
+    p = torch.stack([independent_shape(row[None].double(), temperature, top_p)[0] for row in table])
+    nucleus = (p > 0).sum(-1)
+    assert nucleus[::2].max() <= 4 and nucleus[1::2].min() > 200 and nucleus[1::2].max() > 256
+    # Given which tokens came before, what followed them is a sum of multinomials: one for the even, one for the odd ones.
+    # Cells: the four likely tokens, and the others by the dozen.
+    cell = torch.arange(V) // 12 + V
+    cell[[0, 7, 8, V - 1]] = torch.tensor([0, 7, 8, V - 1])
+    text, counts, expected = [0, *made.tokens], (Counter(), Counter()), torch.zeros(2, 2 * V, dtype=torch.float64)
+    for x, following in zip(text, text[1:]):
+        counts[x % 2][cell[following].item()] += 1
+        expected[x % 2].index_add_(0, cell, p[x])
+    for kind in (0, 1):
+        cells = dict(enumerate((expected[kind] / expected[kind].sum()).tolist()))
+        assert chi_square_p_value(counts[kind], cells) > 0.001
+
+
 def mutant(old, new):
     """speculative_generate with one line of the loop replaced: a planted bug."""
     source = inspect.getsource(speculate.speculative_stream)
