@@ -50,6 +50,7 @@ def generate_batch(target, prompts, temperatures, top_p, max_new_tokens, stop_id
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))          # the longest first: popped from the end
     widest, batch_size = len(prompts[waiting[-1]]), min(batch_size, len(prompts))
     cache = model.KVCache(config, batch_size, widest + max_new_tokens + 64, device, dtype)
+    cache.start = torch.full((batch_size,), widest, device=device)
     cache.length = widest                         # so the longest prompt fits to the left, and the later ones, too
     # What all prompts begin with (the chat template's system message, say) is read once and copied.
     shared = os.path.commonprefix([prompt[:-1] for prompt in prompts])
@@ -75,15 +76,16 @@ def generate_batch(target, prompts, temperatures, top_p, max_new_tokens, stop_id
             if width > len(shared):
                 reader = model.KVCache(config, len(free), width, device, dtype)
                 reader.start = width - lengths
-                for i, head in enumerate(heads):
-                    begin = width - len(head)
-                    reader.k[:, i, :, begin:begin + len(shared)] = prefix.k[:, 0]
-                    reader.v[:, i, :, begin:begin + len(shared)] = prefix.v[:, 0]
+                for mine, theirs in zip((*reader.k, *reader.v), (*prefix.k, *prefix.v)):
+                    for i, head in enumerate(heads):
+                        begin = width - len(head)
+                        mine[i, :, begin:begin + len(shared)] = theirs[0]
                 reader.length = len(shared)       # shorter rows read some of the prefix again: the same keys and values
                 target.hidden(torch.tensor([([0] * width + head)[len(shared) - width:] for head in heads], device=device), reader)
-                cache.k[:, at, :, columns], cache.v[:, at, :, columns] = reader.k, reader.v
-            elif width:
-                cache.k[:, at, :, columns], cache.v[:, at, :, columns] = prefix.k, prefix.v
+            else:
+                reader = prefix
+            for mine, theirs in zip((*cache.k, *cache.v), (*reader.k, *reader.v)):
+                mine[at, :, columns] = theirs
             cache.start[at] = cache.length - lengths
             tokens[at, 0] = torch.tensor([prompts[rows[i]][-1] for i in free], device=device)
             heat[at] = torch.tensor([float(temperatures[rows[i]]) for i in free], device=device)
@@ -101,7 +103,7 @@ def generate_batch(target, prompts, temperatures, top_p, max_new_tokens, stop_id
         if unused > cache.length / 8 or cache.length == cache.max_len:
             cache.forget_columns(unused)
         logits = target.head(target.hidden(tokens, cache)[:, -1])                                  # (B, V)
-        p, ids = model.candidates(logits, heat, top_p)
+        p, ids = model.nucleus(model.tempered(logits, heat), top_p)
         tokens = ids.gather(1, model.sample(p, generator)[:, None])                                # (B, 1)
         for i, token in enumerate(tokens[:, 0].tolist()):
             if rows[i] is None:

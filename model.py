@@ -1,18 +1,20 @@
 """A Llama-style decoder, its key-value cache, and how a model is read from and written to disk.
 
-The same few lines are the target (SmolLM2-135M-Instruct, TinyLlama, Llama 2...) and the drafter; only Config differs.
-Tokens go in, logits come out:
+The same few lines are the target (SmolLM2-135M-Instruct, TinyLlama, Llama 2...) and the drafter;
+only Config differs. Tokens go in, logits come out:
 
-    tokens (B, T) -> embedding (B, T, D) -> N x [ + attention(norm(x)), + mlp(norm(x)) ] -> norm -> head (B, T, V)
+    tokens (B, T) -> embedding (B, T, D) -> N x Block -> norm -> head -> logits (B, T, V)
 
-Nothing to run here; `train.py`, `distill.py` and `speculate.py` import it. A first look from a Python prompt:
+B is the number of rows in the batch, T of tokens in a row, D the width, V the vocabulary's size.
+Nothing to run here; train.py, distill.py and speculate.py import it. A first look from a prompt:
 
     import torch, model
     llama = model.load("models/smollm2-135m-instruct")
     llama(torch.tensor([[1, 2, 3]])).shape          # (1, 3, 49152)
 
-Source of the architecture: Llama 2 (Touvron et al., 2023, arXiv 2307.09288), section 2; RMSNorm (arXiv 1910.07467),
-rotary positions (arXiv 2104.09864), grouped-query attention (arXiv 2305.13245), SwiGLU (arXiv 2002.05202).
+Source of the architecture: Llama 2 (Touvron et al., 2023, arXiv 2307.09288), section 2; RMSNorm
+(arXiv 1910.07467), rotary positions (arXiv 2104.09864), grouped-query attention (arXiv
+2305.13245), SwiGLU (arXiv 2002.05202).
 """
 
 import ctypes
@@ -30,18 +32,115 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 
-# ---- Configuration ---------------------------------------------------------------------------------------------------
+# ---- The decoder -------------------------------------------------------------------------------
+
+class Block(nn.Module):
+    """One layer: attention, then MLP. Each reads a normalised copy of the residual stream x
+    (B, T, D) and adds to it."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rotary, mask, cache, layer):
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Attention(nn.Module):
+    """Each token looks at the tokens before it: softmax(q k^T / sqrt(d)) v, in several heads.
+
+    Grouped-query attention: `group` query heads share each key-value head. The three projections
+    are one matrix, qkv_proj: its rows are the queries', then the keys', then the values'.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.heads, self.kv = config.num_attention_heads, config.num_key_value_heads
+        self.d = config.head_dim
+        rows = (self.heads + 2 * self.kv) * self.d
+        self.qkv_proj = nn.Linear(config.hidden_size, rows, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.d, config.hidden_size, bias=False)
+
+    def forward(self, x, rotary, mask, cache, layer):
+        (B, T, _), heads, kv, d = x.shape, self.heads, self.kv, self.d
+        group = heads // kv
+        qk, v = self.qkv_proj(x).view(B, T, heads + 2 * kv, d).split((heads + kv, kv), 2)
+        q, k = rotate(qk, *rotary).split((heads, kv), 2)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)                               # (B, kv, T, d)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)                               # (B, kv, past + T, d)
+        # A group's queries are more rows in front of the key head that they share. Repeating keys
+        # and values for each query head instead would copy the whole cache at every step.
+        q = q.reshape(B, T, kv, group * d).transpose(1, 2).reshape(B * kv, T * group, d)
+        k, v = k.flatten(0, 1), v.flatten(0, 1)                           # (B * kv, past + T, d)
+        scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=d ** -0.5)
+        weights = torch.softmax(scores, -1, dtype=torch.float32).to(v.dtype)
+        y = torch.bmm(weights, v).view(B, kv, T, group * d)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, heads * d))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)). gate and up are one matrix, in this order."""
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.intermediate_size
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * width, bias=False)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, the mean over the last dimension, in fp32."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rotary_tables(config, positions):
+    """cos and sin, (B, T, 1, head_dim), of every pair's angle at these positions (B, T).
+
+    Pair i turns by position * theta^(-2i / head_dim). In fp32: at position 8,000 bf16 could not
+    even tell neighbours apart. The first half of sin is negative: see rotate.
+    """
+    even = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
+    angle = positions.float()[..., None, None] / config.rope_theta ** (even / config.head_dim)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
+def rotate(x, cos, sin):
+    """Turn each pair of x (B, T, heads, d) by its angle. Pair i is (x[i], x[i + d / 2]).
+
+    (a, b) -> (a cos - b sin, b cos + a sin); rolling by half puts each b where its a is, and the
+    reverse.
+    """
+    y = x.float()
+    return torch.addcmul(y * cos, y.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+
 
 @dataclass
 class Config:
     """The keys of Hugging Face's LlamaConfig that decide the shape and the arithmetic."""
 
-    vocab_size: int = 32000
+    vocab_size: int = 32000                  # V
     hidden_size: int = 256                   # D, the width of the residual stream
     intermediate_size: int = 704             # width inside the MLP; Llama takes about 8/3 D
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
-    num_key_value_heads: int | None = None   # fewer than heads: grouped-query attention; None: as many
+    num_key_value_heads: int | None = None   # None: one for each attention head
     head_dim: int | None = None              # None: hidden_size / num_attention_heads
     max_position_embeddings: int = 2048      # the context the model was made for, in tokens
     rms_norm_eps: float = 1e-5
@@ -52,198 +151,19 @@ class Config:
     pad_token_id: int | None = None
 
     def __post_init__(self):
-        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
-        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"{self.num_attention_heads} attention heads cannot share {self.num_key_value_heads} key-value "
-                             f"heads evenly; choose a divisor")
+        heads = self.num_attention_heads
+        self.num_key_value_heads = self.num_key_value_heads or heads
+        self.head_dim = self.head_dim or self.hidden_size // heads
+        if heads % self.num_key_value_heads:
+            raise ValueError(f"{heads} attention heads cannot share {self.num_key_value_heads} "
+                             f"key-value heads evenly; choose a divisor")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim is {self.head_dim}; rotary positions turn pairs, so it must be even")
-
-
-# ---- The cache -------------------------------------------------------------------------------------------------------
-
-class KVCache:
-    """Keys and values of all tokens read so far, preallocated and filled in place.
-
-    Column j holds the j-th token of every row. `length` columns are in use; to forget the last n tokens, write
-    `cache.length -= n`: nothing is copied, later tokens overwrite the columns. Rows of a batch whose prompts
-    differ in length are padded on the left, and `start[row]` is the row's first real column: what lies before
-    is never attended to, and a token's position is its column minus start.
-    """
-
-    def __init__(self, config, batch, max_len, device="cpu", dtype=torch.float32):
-        """Room for `max_len` tokens in each of `batch` rows."""
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, max_len, config.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = 0
-        self.max_len = max_len
-        self.start = torch.zeros(batch, dtype=torch.int64, device=device)
-
-    def keep(self, rows):
-        """Keep only these rows (an index tensor), so that rows that have ended stop costing time."""
-        self.k, self.v, self.start = self.k[:, rows], self.v[:, rows], self.start[rows]
-
-    def forget_columns(self, count):
-        """Forget the first `count` columns and move the others to the left, when there is no room on the right."""
-        for kept in (self.k, self.v):
-            kept[:, :, :, :self.length - count] = kept[:, :, :, count:self.length].clone()
-        self.length -= count
-        self.start = (self.start - count).clamp(min=0)
-
-
-# ---- Products of weights with few tokens -----------------------------------------------------------------------------
-
-# A pass over few tokens hardly computes: it waits for the weights to come from memory, 538 MB of them for SmolLM2-135M,
-# so it should cost the same for 1 token as for 8. nn.Linear's matrix product does not do that on a CPU: for one token it
-# reads at half the memory's speed, for several it copies each weight into another order first, on every call. What to do
-# instead depends on the number of tokens (README.md, "Where the time goes", has the measurements):
-# - one: the weight as it is, seen as blocks of up to 192 rows, one batched product of blocks and token. A block fits into a
-#   core's cache, and a core reads many rows at once, which is what keeps the memory busy.
-# - two to six: the weight as it is, times the tokens as columns. Two cost 1.05 to 1.4 times what one does, four 1.35 to 1.8,
-#   six 1.9 to 2.4. (The columns must be rows seen transposed: for columns that lie so in memory the library takes three times as long.)
-# - more: oneDNN's own order (64 outputs of an input side by side), made once instead of at every call. From 3 to 12 tokens it
-#   costs 1.3 to 1.5 times what one token does in the first form, for one or two tokens no less.
-
-MAX_UNPACKED_TOKENS = 2      # in a pass, up to which the weights stay as they are
-
-
-class Packed:
-    """The weights (out_i, in) of Linears that read the same input, as one matrix in the form that is fast for few tokens."""
-
-    def __init__(self, *weights, tokens):
-        """tokens: how many a pass will usually have at most."""
-        self.sizes = [len(weight) for weight in weights]
-        weight = torch.cat([weight.detach() for weight in weights]) if len(weights) > 1 else weights[0].detach()
-        self.count, self.as_it_is = weight.numel(), tokens <= MAX_UNPACKED_TOKENS
-        if self.as_it_is:
-            rows = max(n for n in range(1, min(192, len(weight)) + 1) if len(weight) % n == 0)
-            self.weight, self.blocks = weight, weight.view(-1, rows, weight.shape[1])
-        else:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, tokens)
-
-    def __call__(self, x):
-        """x (..., in) -> a list of (..., out_i)."""
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        if not self.as_it_is:
-            y = torch.ops.mkldnn._linear_pointwise(rows, self.weight, None, "none", [], "")
-        elif len(rows) == 1:
-            y = torch.bmm(self.blocks, rows.t().expand(len(self.blocks), -1, -1)).view(1, -1)
-        elif len(rows) <= 6:
-            y = (self.weight @ rows.t()).t()
-        else:
-            y = F.linear(rows, self.weight)
-        return y.view(*x.shape[:-1], -1).split(self.sizes, -1)
-
-
-def products(x, *linears):
-    """x times the weight of each of these Linears: a list. One product where pack() has made them one."""
-    packed = getattr(linears[0], "packed", None)
-    return packed(x) if packed else [linear(x) for linear in linears]
-
-
-# ---- The decoder -----------------------------------------------------------------------------------------------------
-
-class RMSNorm(nn.Module):
-    """Divide by the root mean square, then scale by a learned weight. In fp32 whatever the dtype, as Llama does."""
-
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x):
-        y = x.float()
-        y = y * torch.rsqrt(y.square().sum(-1, keepdim=True) / y.shape[-1] + self.eps)       # mean() takes longer than sum()
-        return self.weight * y.to(x.dtype)
-
-
-def rotary_tables(config, positions):
-    """cos and sin, (B, T, 1, head_dim), of every pair's angle at these positions (B, T); sin negative in the first half.
-
-    Pair i turns by position * theta^(-2i / head_dim). Computed once a pass, in fp32: at position 8,000 bf16
-    could not even tell neighbours apart.
-    """
-    half = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
-    angle = positions.float()[:, :, None, None] / config.rope_theta ** (half / config.head_dim)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-
-
-def rotate(x, cos, sin):
-    """Turn each pair of x (B, T, heads, head_dim) by its angle. Pair i is (x[i], x[i + head_dim / 2]): "rotate half".
-
-    (a, b) -> (a cos - b sin, b cos + a sin); rolling by half the width puts each b where its a is, and the reverse.
-    """
-    y = x.float()
-    return torch.addcmul(y * cos, y.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
-
-
-class Attention(nn.Module):
-    """Grouped-query attention: G = heads / kv heads queries share each key and value."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        c, d = config, config.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * d, bias=False)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * d, bias=False)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * d, bias=False)
-        self.o_proj = nn.Linear(c.num_attention_heads * d, c.hidden_size, bias=False)
-
-    def forward(self, x, cos, sin, mask, cache, layer):
-        B, T, _ = x.shape
-        kv, d = self.config.num_key_value_heads, self.config.head_dim
-        group = self.config.num_attention_heads // kv
-        q, k, v = products(x, self.q_proj, self.k_proj, self.v_proj)
-        q = rotate(q.view(B, T, kv * group, d), cos, sin)
-        k = rotate(k.view(B, T, kv, d), cos, sin).transpose(1, 2)                      # (B, kv, T, d)
-        v = v.view(B, T, kv, d).transpose(1, 2)
-        if cache is not None:
-            end = cache.length + T
-            cache.k[layer, :, :, cache.length:end] = k
-            cache.v[layer, :, :, cache.length:end] = v
-            k, v = cache.k[layer, :, :, :end], cache.v[layer, :, :, :end]              # views: nothing is copied
-        # The queries of one group are stacked along the time axis of their shared key head. Repeating keys and
-        # values over the heads instead would copy the whole cache at every step (3x slower at batch 96).
-        q = q.view(B, T, kv, group, d).permute(0, 2, 3, 1, 4).reshape(B, kv, group * T, d)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        y = y.view(B, kv, group, T, d).permute(0, 3, 1, 2, 4).reshape(B, T, kv * group * d)
-        return products(y, self.o_proj)[0]
-
-
-class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x):
-        gate, up = products(x, self.gate_proj, self.up_proj)
-        return products(F.silu(gate) * up, self.down_proj)[0]
-
-
-class Block(nn.Module):
-    """One layer: attention, then MLP, each reading a normalised copy and adding to the residual stream."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
-
-    def forward(self, x, cos, sin, mask, cache, layer):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer)
-        return x + self.mlp(self.post_attention_layernorm(x))
+            raise ValueError(f"head_dim is {self.head_dim}; rotary positions turn pairs, so it "
+                             f"must be even")
 
 
 class Llama(nn.Module):
-    """The decoder. Attribute names are those of LlamaForCausalLM, so the files on disk need no translation."""
+    """The decoder: embedding, layers, norm, head."""
 
     def __init__(self, config):
         super().__init__()
@@ -253,231 +173,383 @@ class Llama(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.packed_head = None
-        self.draft_vocabulary = None              # (K,) ids, or None: all. A drafter that proposes only these is cheaper
+        self.draft_vocabulary = None          # (K,) ids that a drafter may propose, or None: all
+        self.decoding_head, self.packed_count = None, 0           # set by for_decoding alone
         for name, weight in self.named_parameters():
             if weight.dim() == 2 and not weight.is_meta:
-                # GPT-2's start: deviation 0.02, and what adds to the residual stream smaller by the root of the
-                # number of additions, so that the stream's size does not depend on depth.
+                # GPT-2's start: deviation 0.02, and what adds to the residual stream smaller by
+                # the root of the number of additions: so depth does not change the stream's size.
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(weight, std=0.02 / (2 * config.num_hidden_layers) ** 0.5 if residual else 0.02)
-
-    def hidden(self, tokens, cache=None):
-        """tokens (B, T) int64 -> hidden states (B, T, D) after the last norm; appends to the cache if one is given.
-
-        With a cache, the tokens continue what it holds. ValueError if they do not fit into it.
-        """
-        B, T = tokens.shape
-        past = cache.length if cache is not None else 0
-        if cache is not None and past + T > cache.max_len:
-            raise ValueError(f"{past} tokens in the cache and {T} more exceed its {cache.max_len} columns: "
-                             f"shorten the prompt or the answer")
-        columns = torch.arange(past, past + T, device=tokens.device)
-        padded = cache is not None and bool(cache.start.any())
-        positions = columns.expand(B, T)
-        mask = None
-        if T > 1 or padded:
-            keys = torch.arange(past + T, device=tokens.device)
-            mask = keys <= columns[:, None]                                            # (T, keys): causal
-            if padded:
-                real = keys >= cache.start[:, None, None]                              # (B, 1, keys)
-                # A padding column may see itself, only so that its softmax is not 0 / 0; no real token sees it.
-                mask = mask & (real | (keys == columns[:, None]))                      # (B, T, keys)
-                positions = (columns - cache.start[:, None]).clamp(min=0)
-            group = self.config.num_attention_heads // self.config.num_key_value_heads
-            mask = mask.view(-1, 1, 1, T, past + T).expand(-1, 1, group, T, past + T).flatten(2, 3)
-            # What is added to the scores: made once, where a mask of booleans would be turned into it in each layer.
-            mask = torch.zeros(mask.shape, device=tokens.device, dtype=self.embed_tokens.weight.dtype).masked_fill(~mask, float("-inf"))
-        cos, sin = rotary_tables(self.config, positions)
-        x = self.embed_tokens(tokens)                                                  # (B, T, D)
-        for layer, block in enumerate(self.layers):
-            x = block(x, cos, sin, mask, cache, layer)
-        if cache is not None:
-            cache.length = past + T
-        return self.norm(x)
-
-    def head_weight(self, ids=None):
-        """(V, D), tied or not; with ids (K,) only their rows (K, D)."""
-        weight = self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
-        return weight if ids is None else weight[ids]
-
-    def whole_head(self, hidden):
-        """hidden (..., D) -> logits (..., V) of all tokens, also of those outside a draft vocabulary."""
-        return F.linear(hidden, self.head_weight())
-
-    def head(self, hidden):
-        """hidden (..., D) -> logits (..., V). Take only the positions you need: (B, T, V) is large.
-
-        With a draft vocabulary the logits of all other tokens are -inf, so their probability is exactly 0: no harm to
-        losslessness, which allows q = 0, and a head of 8,192 rows instead of 49,152 (FR-Spec, arXiv 2502.14856).
-        """
-        ids = self.draft_vocabulary
-        logits = self.packed_head(hidden)[0] if self.packed_head else F.linear(hidden, self.head_weight(ids))
-        if ids is None:
-            return logits
-        full = logits.new_full((*logits.shape[:-1], self.config.vocab_size), float("-inf"))
-        return full.scatter(-1, ids.expand_as(logits), logits)
+                depth = 2 * config.num_hidden_layers
+                nn.init.normal_(weight, std=0.02 / depth ** 0.5 if residual else 0.02)
 
     def forward(self, tokens, cache=None):
         """tokens (B, T) int64 -> logits (B, T, V)."""
         return self.head(self.hidden(tokens, cache))
 
+    def hidden(self, tokens, cache=None):
+        """tokens (B, T) int64 -> hidden states (B, T, D) after the last norm.
+
+        With a cache the tokens continue what it holds, and are appended to it. ValueError if they
+        do not fit into it.
+        """
+        positions, mask = self.positions_and_mask(tokens, cache)
+        rotary = rotary_tables(self.config, positions)
+        x = self.embed_tokens(tokens)                                                   # (B, T, D)
+        for layer, block in enumerate(self.layers):
+            x = block(x, rotary, mask, cache, layer)
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        return self.norm(x)
+
+    def positions_and_mask(self, tokens, cache):
+        """Positions (B, T) of the tokens, and what is added to their scores: 0 where they may
+        look, -inf elsewhere; (1 or B * kv heads, T * group or 1, past + T), as attention has them.
+        """
+        B, T = tokens.shape
+        past, start = (cache.length, cache.start) if cache is not None else (0, None)
+        if cache is not None and past + T > cache.max_len:
+            raise ValueError(f"{past} tokens in the cache and {T} more exceed its {cache.max_len} "
+                             f"columns: shorten the prompt or the answer")
+        config, device, dtype = self.config, tokens.device, self.norm.weight.dtype
+        columns = torch.arange(past, past + T, device=device)
+        if T == 1 and start is None:
+            return columns[None], torch.zeros(1, 1, past + 1, device=device, dtype=dtype)
+        keys = torch.arange(past + T, device=device)
+        positions, visible = columns[None], (keys <= columns[:, None])[None]     # causal
+        if start is not None:
+            positions = (columns - start[:, None]).clamp(min=0)
+            # A padding column may see itself, only so that its softmax is not 0 / 0.
+            itself = keys == columns[:, None]
+            visible = visible & ((keys >= start[:, None, None]) | itself)         # (B, T, past + T)
+            visible = visible.repeat_interleave(config.num_key_value_heads, 0)
+        mask = torch.zeros(visible.shape, device=device, dtype=dtype)
+        mask = mask.masked_fill(~visible, float("-inf"))
+        group = config.num_attention_heads // config.num_key_value_heads
+        return positions, mask.repeat_interleave(group, 1)
+
+    def head(self, hidden):
+        """hidden (..., D) -> logits (..., V). Take only the positions you need: (B, T, V) is large.
+
+        With a draft vocabulary all other tokens have the logit -inf, so their probability is 0: no
+        harm to losslessness, which allows q = 0, and a head of 8,192 rows instead of 49,152
+        (FR-Spec, arXiv 2502.14856).
+        """
+        ids = self.draft_vocabulary
+        if self.decoding_head is not None:
+            logits = self.decoding_head(hidden)
+        else:
+            logits = F.linear(hidden, self.head_weight(ids))
+        if ids is None:
+            return logits
+        whole = logits.new_full((*logits.shape[:-1], self.config.vocab_size), float("-inf"))
+        return whole.index_copy_(-1, ids, logits)
+
+    def whole_head(self, hidden):
+        """hidden (..., D) -> logits (..., V), also of tokens outside a draft vocabulary."""
+        return F.linear(hidden, self.head_weight())
+
+    def head_weight(self, ids=None):
+        """(V, D), tied or not; with ids (K,) only their rows (K, D)."""
+        tied = self.config.tie_word_embeddings
+        weight = self.embed_tokens.weight if tied else self.lm_head.weight
+        return weight if ids is None else weight[ids]
+
     def parameter_count(self):
         """Number of parameters; a tied head is counted once."""
-        packed = [linear.packed for linear in self.modules() if getattr(linear, "packed", None)]
-        if self.packed_head and not self.config.tie_word_embeddings:
-            packed.append(self.packed_head)
-        return sum(weight.numel() for weight in self.parameters()) + sum(weights.count for weights in packed)
+        return sum(weight.numel() for weight in self.parameters()) + self.packed_count
 
-    def pack(self, tokens=MAX_UNPACKED_TOKENS, at_least=8_000_000):
-        """Make passes over few tokens cheaper on a CPU, for decoding only; returns self. The one switch of it.
-
-        tokens: how many a pass will usually have at most: 1 for plain decoding, gamma + 1 for verification. It decides in
-        which form the weights are kept; passes over other numbers of tokens give the same, only slower.
-
-        The layers' weights are replaced by packed ones, which cannot be trained, changed or saved. The embedding, whose
-        rows are looked up, stays; above MAX_UNPACKED_TOKENS a tied head is therefore there twice (113 of 538 MB for
-        SmolLM2-135M), and with a draft vocabulary the head's rows are in any case.
-
-        No effect on other processors than x86, on a GPU, where nn.Linear is at the memory's limit already, or on models of
-        fewer than at_least parameters, whose weights stay in the processor's cache: there it costs 5 to 25 % (tiny world).
-        """
-        if self.embed_tokens.weight.dtype == torch.float16:      # oneDNN's order needs a processor with fp16 arithmetic
-            tokens = min(tokens, MAX_UNPACKED_TOKENS)
-        x86 = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
-        if self.embed_tokens.weight.device.type != "cpu" or not x86 or self.parameter_count() < at_least:
-            return self
-        self.requires_grad_(False)
-        for block in self.layers:
-            attention, mlp = block.self_attn, block.mlp
-            for linears in ((attention.q_proj, attention.k_proj, attention.v_proj), (attention.o_proj,),
-                            (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)):
-                packed = Packed(*(linear.weight for linear in linears), tokens=tokens)
-                for linear in linears:
-                    linear.weight = None          # frees the plain copy at once: never two of the whole model
-                linears[0].packed = packed
-        self.packed_head = Packed(self.head_weight(self.draft_vocabulary), tokens=tokens)
-        if not self.config.tie_word_embeddings:
-            self.lm_head.weight = None
-        return self
+    def for_decoding(self):
+        """A model for decoding that shares norms and embedding with this one: see below."""
+        return decoding_copy(self)
 
 
-# ---- From logits to a distribution -----------------------------------------------------------------------------------
+class KVCache:
+    """Keys and values of all tokens read so far, preallocated and filled in place.
 
-def candidates(logits, temperature=1.0, top_p=1.0):
-    """logits (N, V) -> (p, ids), both (N, K): the tokens that may be sampled and their probabilities, in fp32.
-
-    Temperature first, then top-p: the smallest set of most probable tokens whose mass reaches top_p, the token that
-    crosses kept, renormalised; 1 cuts nothing. temperature: a number, or one a row (N,); 0 is greedy, one-hot.
-    K is as large as the widest row needs. What a narrower row does not need has p = 0 and the id V, which is no token.
+    Column j holds the j-th token of every row. `length` columns are in use; to forget the last n
+    tokens, write `cache.length -= n`: nothing is copied, later tokens overwrite the columns. Where
+    rows of a batch have prompts of different lengths, they are padded on the left, and `start`
+    (batch,) int64 holds each row's first real column: what lies before it is never looked at, and
+    a token's position is its column minus start. None: no padding.
     """
-    if isinstance(temperature, (int, float)) and temperature == 0:      # a short cut: no softmax where nothing is weighed
-        ids = logits.argmax(-1, keepdim=True)
-        return torch.ones(ids.shape, device=ids.device), ids
-    temperature = torch.as_tensor(temperature, dtype=torch.float32, device=logits.device).expand(len(logits))
-    greedy = temperature == 0
-    # A greedy row's temperature is put to 1 only to keep the division finite: its result is overwritten below.
-    p = torch.softmax(logits.float() / torch.where(greedy, 1.0, temperature)[:, None], dim=-1)
-    if greedy.any():
-        p[greedy] = F.one_hot(logits[greedy].argmax(-1), p.shape[-1]).float()
+
+    def __init__(self, config, batch, max_len, device="cpu", dtype=torch.float32):
+        """Room for `max_len` tokens in each of `batch` rows."""
+        shape = (batch, config.num_key_value_heads, max_len, config.head_dim)
+        self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype)
+                           for _ in range(config.num_hidden_layers)] for _ in range(2))
+        self.length, self.max_len, self.start = 0, max_len, None
+
+    def append(self, layer, k, v):
+        """Write a layer's k and v (B, kv, T, d) behind its others; returns all, as views."""
+        T, end = k.shape[2], self.length + k.shape[2]
+        self.k[layer].narrow(2, self.length, T).copy_(k)
+        self.v[layer].narrow(2, self.length, T).copy_(v)
+        return self.k[layer].narrow(2, 0, end), self.v[layer].narrow(2, 0, end)
+
+    def keep(self, rows):
+        """Keep only these rows (an index tensor): rows that have ended stop costing time."""
+        self.k, self.v = ([kept[rows] for kept in both] for both in (self.k, self.v))
+        self.start = self.start[rows] if self.start is not None else None
+
+    def forget_columns(self, count):
+        """Forget the first `count` columns and move the others to the left, to make room."""
+        for kept in (*self.k, *self.v):
+            kept[:, :, :self.length - count] = kept[:, :, count:self.length].clone()
+        self.length -= count
+        self.start = (self.start - count).clamp(min=0)
+
+
+# ---- From logits to a distribution -------------------------------------------------------------
+
+def probabilities(logits, temperature=1.0, top_p=1.0):
+    """logits (N, V) -> the distribution (N, V) that is sampled from, in fp32.
+
+    Temperature first, then top-p: the smallest set of most probable tokens whose mass reaches
+    top_p, the token that crosses kept, renormalised; 1 cuts nothing. temperature: a number, or one
+    a row (N,); 0 is greedy, one-hot. Target and drafter both go through here: p and q are shaped
+    in the same way before they are compared.
+    """
+    p = tempered(logits, temperature)
     if top_p >= 1:
-        return p, torch.arange(p.shape[-1], device=p.device).expand_as(p)
-    # Sorting 49,152 entries a row costs more than the model. The largest 256 nearly always reach top_p; rows where
-    # they do not look further, in the end at all, so the result is exact.
+        return p
+    values, ids = nucleus(p, top_p)
+    whole = torch.zeros(len(p), p.shape[1] + 1, device=p.device).scatter_(-1, ids, values)
+    return whole[:, :-1]                               # the last column took the padding ids
+
+
+def tempered(logits, temperature):
+    """softmax(logits / temperature), (N, V); one-hot where the temperature is 0."""
+    if isinstance(temperature, (int, float)) and temperature > 0:
+        return torch.softmax(logits.float() / temperature, -1)
+    best = logits.argmax(-1, keepdim=True)
+    one_hot = torch.zeros(logits.shape, device=logits.device).scatter_(-1, best, 1.0)
+    if isinstance(temperature, (int, float)):
+        return one_hot
+    temperature = temperature[:, None]                        # one a row: greedy and other rows
+    warm = torch.softmax(logits.float() / torch.where(temperature > 0, temperature, 1.0), -1)
+    return torch.where(temperature > 0, warm, one_hot)
+
+
+def nucleus(p, top_p):
+    """p (N, V) -> (values, ids), both (N, K): the tokens that top-p keeps, and their shares.
+
+    K is as large as the widest row needs. What a narrower row does not need has the value 0 and
+    the id V, which is no token. Sorting 49,152 entries a row costs more than the model. The largest
+    256 nearly always reach top_p; rows where they do not look further, in the end at all of them,
+    so the result is exact.
+    """
     V = p.shape[-1]
     values, ids = p.topk(min(256, V))
     for width in (min(4096, V), V):
         short = values.sum(-1) < top_p
         if not short.any():
             break
-        values, ids = (F.pad(x, (0, width - x.shape[-1]), value=padding) for x, padding in ((values, 0), (ids, V)))
+        more = width - values.shape[-1]
+        values, ids = F.pad(values, (0, more)), F.pad(ids, (0, more), value=V)
         values[short], ids[short] = p[short].topk(width)
-    values = values * (values.cumsum(-1) - values < top_p)   # kept if the mass before it is still below top_p
+    values = values * (values.cumsum(-1) - values < top_p)       # kept if less than top_p is before
     return values / values.sum(-1, keepdim=True), ids
 
 
-def probabilities(logits, temperature=1.0, top_p=1.0):
-    """logits (N, V) -> the distribution (N, V) that is sampled from, shaped as candidates() says.
-
-    Both target and drafter go through here, so that p and q are shaped alike before they are compared.
-    """
-    p, ids = candidates(logits, temperature, top_p)
-    if p.shape == logits.shape and top_p >= 1:
-        return p
-    N, V = logits.shape
-    return torch.zeros(N, V + 1, device=p.device).scatter_(-1, ids, p)[:, :V]      # column V takes the padding ids
-
-
 def sample(p, generator=None):
-    """One token a row from p (N, V), which need not sum to 1: the inverse of its cumulative sum, in double precision.
+    """One token a row (N,) from p (N, V), which need not sum to 1: the inverse of its cumulative
+    sum, in double precision.
 
-    A token of probability 0 is never drawn: the first column whose cumulative sum exceeds u has p > 0.
+    A token of probability 0 is never drawn: the first column whose sum exceeds u has p > 0.
     """
     total = p.double().cumsum(-1)
-    u = torch.rand(p.shape[0], 1, dtype=torch.float64, device=p.device, generator=generator) * total[:, -1:]
-    return torch.searchsorted(total, u, right=True).squeeze(-1)
+    u = torch.rand(p.shape[0], 1, dtype=torch.float64, device=p.device, generator=generator)
+    return torch.searchsorted(total, u * total[:, -1:], right=True).squeeze(-1)
 
 
-# ---- On disk: the Hugging Face layout --------------------------------------------------------------------------------
+# ---- For decoding: fp16 weights, fp32 arithmetic -----------------------------------------------
+
+# A pass over few tokens hardly computes: it waits for the weights to come from memory, 538 MB of
+# them for SmolLM2-135M in fp32. FBGEMM, a library inside torch, keeps them in fp16, which is half
+# of that, in the order in which its kernel reads them, and computes in fp32. nn.Linear reads fp32,
+# for one token at half the memory's speed, and for several it first copies each weight into
+# another order, on every call. (data/RESULTS.md has the milliseconds for 1 to 16 tokens.)
+
+class PackedLinear(nn.Module):
+    """The product of an nn.Linear whose weight (out, in) is kept as FBGEMM reads it.
+
+    The result of a row does not depend on the other rows of the pass (to the last bit with AVX-512,
+    up to rounding with AVX2). No
+    gradient comes out. ValueError, by name, for a weight that fp16 cannot hold.
+    """
+
+    def __init__(self, weight, name):
+        super().__init__()
+        largest = weight.abs().max()
+        if not largest <= 65504:                            # asked in this way, NaN is refused, too
+            raise ValueError(f"{name} has a weight that is not finite or above 65,504, the largest "
+                             f"number of fp16: decode this model with --dtype bfloat16")
+        weight = weight.detach().clone()                    # since packing may change what it gets
+        self.change = ((weight.half().float() - weight).abs().max() / largest).nan_to_num().item()
+        self.packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
+
+    def forward(self, x):
+        return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+
+
+def fbgemm_works():
+    """Whether this processor can: x86 with AVX2. (Builds for ARM list the operators and crash.)"""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    try:
+        return PackedLinear(torch.ones(1, 1), "")(torch.ones(1, 1)).item() == 1
+    except (RuntimeError, AttributeError):
+        return False
+
+
+def decoding_copy(llama):
+    """Llama.for_decoding(): the same model, its Linears and head replaced by PackedLinear.
+
+    Norms and embedding are shared, the original is untouched; the new model is never trained or
+    saved. It serves every number of tokens, prompts included. Where FBGEMM does not serve (another
+    processor, a GPU, bf16 or fp16 arithmetic) the model itself comes back, and a line says so.
+    """
+    weight = llama.norm.weight
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not fbgemm_works():
+        print(f"decoding with nn.Linear: {platform.machine()} {weight.device.type}, {weight.dtype}")
+        return llama
+    with torch.device("meta"):
+        copy = Llama(llama.config)                                         # the structure alone
+    copy.embed_tokens, copy.norm = llama.embed_tokens, llama.norm
+    for number, (new, old) in enumerate(zip(copy.layers, llama.layers)):
+        new.input_layernorm = old.input_layernorm
+        new.post_attention_layernorm = old.post_attention_layernorm
+        for part, name in (("self_attn", "qkv_proj"), ("self_attn", "o_proj"),
+                           ("mlp", "gate_up_proj"), ("mlp", "down_proj")):
+            linear = getattr(getattr(old, part), name)
+            packed = PackedLinear(linear.weight, f"layers.{number}.{part}.{name}")
+            setattr(getattr(new, part), name, packed)
+    copy.draft_vocabulary = llama.draft_vocabulary
+    copy.decoding_head = PackedLinear(llama.head_weight(llama.draft_vocabulary), "the head")
+    copy.lm_head = None                                       # where it is not tied: packed above
+    packed = [module for module in copy.modules() if isinstance(module, PackedLinear)]
+    change = max(module.change for module in packed)
+    if change:
+        print(f"fp16 holds these weights with a change of at most {change:.1e} of the largest "
+              f"weight of the same matrix")
+    copy.packed_count = llama.parameter_count() - copy.parameter_count()
+    return copy
+
+
+# ---- On disk: the Hugging Face layout ----------------------------------------------------------
+
+# On disk q, k, v and gate, up are matrices of their own; here each group is one, in this order.
+JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def split_weights(weights, config):
+    """{name: tensor} of a Llama -> the same with the names and matrices of LlamaForCausalLM."""
+    c = config
+    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    rows = {"qkv_proj": (q, kv, kv), "gate_up_proj": (c.intermediate_size, c.intermediate_size)}
+    result = {}
+    for name, weight in weights.items():
+        where, _, matrix = name.removesuffix(".weight").rpartition(".")
+        if matrix in JOINED:
+            for part, rows_of_part in zip(JOINED[matrix], weight.split(rows[matrix])):
+                result[f"model.{where}.{part}.weight"] = rows_of_part
+        else:                     # inside LlamaForCausalLM all but the head lives under "model."
+            result[name if matrix == "lm_head" else f"model.{name}"] = weight
+    return result
+
+
+def join_weights(weights):
+    """The reverse of split_weights."""
+    result = {}
+    for name, weight in weights.items():
+        name = name.removeprefix("model.")
+        where, _, matrix = name.removesuffix(".weight").rpartition(".")
+        group = next((group for group, parts in JOINED.items() if matrix in parts), None)
+        if group is None:
+            result[name] = weight
+        elif matrix == JOINED[group][0]:
+            parts = [weights[f"model.{where}.{part}.weight"] for part in JOINED[group]]
+            result[f"{where}.{group}.weight"] = torch.cat(parts)
+    return result
+
 
 def load(folder, device="cpu", dtype=torch.float32):
-    """Read a model folder: config.json and model.safetensors, or shards listed in model.safetensors.index.json.
+    """Read a model folder: config.json and model.safetensors, or the shards that
+    model.safetensors.index.json lists; fp32, fp16 or bf16 on disk.
 
-    The weights may be fp32, fp16 or bf16 on disk. ValueError says which file is missing, damaged or of another kind.
+    ValueError says which file is missing, damaged or of another kind.
     """
     folder = Path(folder)
     config = read_config(folder)
-    index = folder / "model.safetensors.index.json"
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    tensors = {}
+    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    weights = {}
     for name in names:
         if not (folder / name).is_file():
-            raise ValueError(f"{folder / name}: no such file; the model folder is incomplete, copy or make it again")
+            raise ValueError(f"{folder / name}: no such file; the model folder is incomplete, copy "
+                             f"or make it again")
         try:
-            tensors.update(load_file(folder / name))
+            weights.update(load_file(folder / name))
         except SafetensorError as error:
-            raise ValueError(f"{folder / name}: damaged or cut short ({error}); copy or make it again") from None
+            raise ValueError(f"{folder / name}: damaged or cut short ({error}); copy or make it "
+                             f"again") from None
+    # Very old files also hold tables that are computed here; a tied head is the embedding.
+    unused = ("rotary_emb.inv_freq", "lm_head.weight" if config.tie_word_embeddings else "-")
+    weights = {name: weight.to(device=device, dtype=dtype) for name, weight in weights.items()
+               if not name.endswith(unused)}
     with torch.device("meta"):
         llama = Llama(config)                            # shapes only: no memory, no random numbers
-    # Inside LlamaForCausalLM all but the head lives under "model."; very old files also hold tables we compute.
-    tensors = {name.removeprefix("model."): tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()
-               if not name.endswith("rotary_emb.inv_freq") and not (name == "lm_head.weight" and config.tie_word_embeddings)}
-    expected = {name: tuple(weight.shape) for name, weight in llama.named_parameters()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    expected = {name: tuple(weight.shape) for name, weight
+                in split_weights(dict(llama.named_parameters()), config).items()}
+    found = {name: tuple(weight.shape) for name, weight in weights.items()}
     if wrong := sorted(set(expected.items()) ^ set(found.items())):
-        raise ValueError(f"{folder}: weights do not match config.json, first at {wrong[0][0]} (config says "
-                         f"{expected.get(wrong[0][0], 'none')}, the file has {found.get(wrong[0][0], 'none')})")
-    llama.load_state_dict(tensors, assign=True)
-    if (folder / "draft_vocabulary.json").is_file():
-        try:
-            ids = torch.tensor(json.loads((folder / "draft_vocabulary.json").read_text()), dtype=torch.int64, device=device)
-            sound = ids.dim() == 1 and len(ids) and 0 <= int(ids.min()) and int(ids.max()) < config.vocab_size
-        except (ValueError, TypeError):
-            sound = False
-        if not sound:
-            raise ValueError(f"{folder / 'draft_vocabulary.json'}: expected a list of token ids below {config.vocab_size}; copy it again, "
-                             f"or delete it to draft with all tokens")
-        llama.draft_vocabulary = ids
+        name = wrong[0][0]
+        raise ValueError(f"{folder}: weights do not match config.json, first at {name} (config "
+                         f"says {expected.get(name)}, the file has {found.get(name)})")
+    llama.load_state_dict(join_weights(weights), assign=True)
+    llama.draft_vocabulary = read_draft_vocabulary(folder, config.vocab_size, device)
     return llama
 
 
+def read_draft_vocabulary(folder, vocab_size, device):
+    """The ids (K,) of folder's draft_vocabulary.json; None where there is no such file."""
+    path = folder / "draft_vocabulary.json"
+    if not path.is_file():
+        return None
+    try:
+        ids = torch.tensor(json.loads(path.read_text()), dtype=torch.int64, device=device)
+        if ids.dim() == 1 and len(ids) and 0 <= ids.min() and ids.max() < vocab_size:
+            return ids
+    except (ValueError, TypeError):
+        pass
+    raise ValueError(f"{path}: expected a list of token ids below {vocab_size}; copy it again, or "
+                     f"delete it to draft with all tokens")
+
+
 def read_config(folder):
-    """The Config of a model folder. ValueError if it is missing, damaged, or describes what this decoder cannot do."""
+    """The Config of a model folder. ValueError if it is missing, damaged, or describes what this
+    decoder cannot do."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected a model folder (python data/smollm2.py makes the chat model's, "
-                         f"python train.py a drafter's)")
+        raise ValueError(f"{path}: no such file; expected a model folder (python data/smollm2.py "
+                         f"makes the chat model's, python train.py a drafter's)")
     try:
         keys = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not valid JSON ({error.msg}); copy the file again") from None
-    rope = keys.get("rope_parameters") or keys.get("rope_scaling") or {}   # transformers 5, and the older name
-    unlike = {"model_type": ("llama",), "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)}
-    for key, allowed in unlike.items():
-        if keys.get(key, allowed[0]) not in allowed:
-            raise ValueError(f"{path}: {key} is {keys[key]!r}; this decoder reads Llama models with {key} {allowed[0]!r}")
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise ValueError(f"{path}: rotary scaling {rope.get('rope_type', rope.get('type'))!r} is not supported, only 'default'")
+    only = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    for key, value in only.items():
+        if keys.get(key, value) != value:
+            raise ValueError(f"{path}: {key} is {keys[key]!r}; this decoder reads Llama models "
+                             f"with {key} {value!r}")
+    # transformers 5 writes rope_parameters, older ones rope_scaling and a rope_theta of its own.
+    rope = keys.get("rope_parameters") or keys.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"{path}: rotary scaling {kind!r} is not supported, only 'default'")
     known = {field.name: keys[field.name] for field in fields(Config) if field.name in keys}
     # LlamaConfig's defaults differ from ours where a file leaves a key out.
     known.setdefault("tie_word_embeddings", False)
@@ -486,49 +558,56 @@ def read_config(folder):
     return Config(**known)
 
 
-def save(llama, folder):
-    """Write config.json and model.safetensors, in the model's dtype, so that transformers opens the folder.
+def save(llama, folder, dtype=None):
+    """Write config.json and model.safetensors in this dtype (None: the model's own), so that
+    transformers opens the folder.
 
     Each file is written under another name and renamed: a kill leaves the last good one.
     """
-    if llama.packed_head:
-        raise ValueError(f"{folder}: a packed model cannot be saved; load it again and save that")
+    if llama.decoding_head is not None:
+        raise ValueError(f"{folder}: a model made by for_decoding cannot be saved; save the one it "
+                         f"was made from")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    dtype = dtype or llama.norm.weight.dtype
+    name = str(dtype).removeprefix("torch.")
     keys = asdict(llama.config)
-    dtype = str(llama.norm.weight.dtype).removeprefix("torch.")
-    keys |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "dtype": dtype,
-             "torch_dtype": dtype, "attention_bias": False, "mlp_bias": False, "initializer_range": 0.02,
+    keys |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
+             "dtype": name, "torch_dtype": name, "attention_bias": False, "mlp_bias": False, "initializer_range": 0.02,
              "rope_parameters": {"rope_type": "default", "rope_theta": llama.config.rope_theta}}
-    tensors = {name if name == "lm_head.weight" else "model." + name: weight.detach().cpu().contiguous()
-               for name, weight in llama.named_parameters()}
-    save_file(tensors, folder / "model.safetensors.tmp", metadata={"format": "pt"})
-    (folder / "config.json.tmp").write_text(json.dumps(keys, indent=2) + "\n")
-    names = ["model.safetensors", "config.json"]
-    if llama.draft_vocabulary is not None:        # which tokens this project drafts; other programs use the whole head
-        (folder / "draft_vocabulary.json.tmp").write_text(json.dumps(llama.draft_vocabulary.tolist()) + "\n")
-        names.append("draft_vocabulary.json")
-    for name in names:
+    weights = split_weights(dict(llama.named_parameters()), llama.config)
+    weights = {name: weight.detach().to("cpu", dtype).contiguous()
+               for name, weight in weights.items()}
+    save_file(weights, folder / "model.safetensors.tmp", metadata={"format": "pt"})
+    texts = {"config.json": json.dumps(keys, indent=2)}
+    if llama.draft_vocabulary is not None:            # other programs use the whole head
+        texts["draft_vocabulary.json"] = json.dumps(llama.draft_vocabulary.tolist())
+    for name, text in texts.items():
+        (folder / f"{name}.tmp").write_text(text + "\n")
+    for name in ("model.safetensors", *texts):
         os.replace(folder / f"{name}.tmp", folder / name)
 
 
-# ---- What every script shares on its command line --------------------------------------------------------------------
+# ---- What every script shares on its command line ----------------------------------------------
 
 def machine_flags(parser):
     """Add --seed, --device, --dtype and --threads to an argparse parser."""
-    parser.add_argument("--seed", type=int, default=0, help="random seed; same seed, same machine, same result (default 0)")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="random seed; same seed, same machine, same result (default 0)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="cpu or cuda (default: cuda where there is one)")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="default float32")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"],
+                        help="default float32")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: one a core)")
 
 
 def set_up(args):
     """Seed torch, set the threads, print what was resolved; returns (device, dtype)."""
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        # glibc hands each freed tensor of some MB back to the kernel, which gives the next one as empty pages, one
-        # fault for every 4 KB. Logits are hundreds of MB, made and freed many times a step: keeping the memory made
-        # a fine-tuning step on two cores 3 times faster. The numbers are M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD.
+        # glibc hands each freed tensor of some MB back to the kernel, which gives the next one as
+        # empty pages, one fault for every 4 KB. Logits are hundreds of MB, made and freed many
+        # times a step: keeping the memory made a fine-tuning step on two cores 3 times faster.
+        # The numbers are M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD.
         for option, value in ((-4, 0), (-1, 2 ** 31 - 1), (-2, 2 ** 28)):
             ctypes.CDLL(None).mallopt(option, value)
     if args.threads:
@@ -538,6 +617,8 @@ def set_up(args):
         device = torch.device(args.device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device}: not usable here ({str(error).splitlines()[0]}); use --device cpu") from None
-    print(f"device {device}, {args.dtype}, {torch.get_num_threads()} threads, seed {args.seed}, torch {torch.__version__}")
+        raise ValueError(f"--device {args.device}: not usable here ({str(error).splitlines()[0]}); "
+                         f"use --device cpu") from None
+    print(f"device {device}, {args.dtype}, {torch.get_num_threads()} threads, seed {args.seed}, "
+          f"torch {torch.__version__}")
     return device, getattr(torch, args.dtype)

