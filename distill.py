@@ -168,7 +168,7 @@ def self_instruct(target, tok, count, out, args, generator):
 
 def generate(args):
     """Answer prompts (or self-written instructions, or bare starts) and append one record a line to args.out."""
-    device, dtype = model.set_up(args)
+    device, dtype = files.set_up(args)
     if args.batch_size < 1 or args.max_new_tokens < 1 or args.per_prompt < 1:
         raise ValueError("--batch-size, --max-new-tokens and --per-prompt must be at least 1")
     if min(args.temperatures) < 0 or not 0 < args.top_p <= 1:
@@ -177,7 +177,7 @@ def generate(args):
         raise ValueError(f"{args.out} exists: give --resume to go on with it, or another --out")
     prompts = files.read_prompts(args.prompts) if args.prompts else None
     tok = tokenizer.load(args.target)
-    target = model.load(args.target, device, dtype)
+    target = model.load(args.target, device, dtype).for_decoding()
     print(f"target {args.target}: {target.parameter_count() / 1e6:.1f} M parameters")
     generator = torch.Generator(device).manual_seed(args.seed)
     stop_ids = set(tok.eos_ids)
@@ -373,7 +373,7 @@ def finetune(args):
         raise ValueError("--dtype float16 loses small gradients without loss scaling; train in float32 or bfloat16")
     if not args.resume and (args.out / "config.json").is_file():
         raise ValueError(f"--out {args.out} already holds a model: add --resume to go on with it, or give another folder")
-    device, dtype = model.set_up(args)
+    device, dtype = files.set_up(args)
     tok, draft_tok = tokenizer.load(args.target), tokenizer.load(args.draft)
     if tok.fingerprint != draft_tok.fingerprint:
         raise ValueError(f"{args.draft} has another tokenizer than {args.target} ({draft_tok.vocab_size} and {tok.vocab_size} tokens, "
@@ -503,7 +503,7 @@ def compare(args):
         with open(out / "output.log", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
             options.function(options)
 
-    device, _ = model.set_up(args)
+    device, _ = files.set_up(args)
     tok, target = tokenizer.load(args.target), model.load(args.target, device).requires_grad_(False)
     sets = {}                                     # (split, task) -> examples and their target states
     for split in ("dev", "test"):
@@ -593,7 +593,7 @@ def make_parser():
     sub.add_argument("--instruction-temperature", type=float, default=0.8)
     sub.add_argument("--max-instruction-tokens", type=int, default=160, help="longer instructions are dropped (default 160)")
     sub.add_argument("--resume", action="store_true", help="go on with an existing --out: only missing records are made")
-    model.machine_flags(sub)
+    files.machine_flags(sub)
 
     sub = commands.add_parser("finetune", help="align the drafter with the target")
     sub.set_defaults(function=finetune)
@@ -622,7 +622,7 @@ def make_parser():
     sub.add_argument("--eval-every", type=int, default=50, help="steps between evaluations (default 50)")
     sub.add_argument("--save-every", type=int, default=100, help="steps between checkpoints (default 100)")
     sub.add_argument("--resume", action="store_true", help="go on exactly from the checkpoint in --out")
-    model.machine_flags(sub)
+    files.machine_flags(sub)
 
     sub = commands.add_parser("compare", help="train one drafter with several losses and measure which is better")
     sub.set_defaults(function=compare)
@@ -642,7 +642,7 @@ def make_parser():
     sub.add_argument("--prompts", type=int, default=20, help="test prompts a task for tau; alpha takes all (default 20)")
     sub.add_argument("--samples", type=int, default=1, help="of the sampled losses")
     sub.add_argument("--baseline", help="of the sampled losses (default: each one's own)")
-    model.machine_flags(sub)
+    files.machine_flags(sub)
     return parser
 
 

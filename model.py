@@ -17,11 +17,9 @@ Source of the architecture: Llama 2 (Touvron et al., 2023, arXiv 2307.09288), se
 2305.13245), SwiGLU (arXiv 2002.05202).
 """
 
-import ctypes
 import json
 import os
 import platform
-import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -106,7 +104,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return torch.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rotary_tables(config, positions):
@@ -243,7 +241,7 @@ class Llama(nn.Module):
         if ids is None:
             return logits
         whole = logits.new_full((*logits.shape[:-1], self.config.vocab_size), float("-inf"))
-        return whole.index_copy_(-1, ids, logits)
+        return whole.scatter_(-1, ids.expand_as(logits), logits)
 
     def whole_head(self, hidden):
         """hidden (..., D) -> logits (..., V), also of tokens outside a draft vocabulary."""
@@ -327,7 +325,7 @@ def tempered(logits, temperature):
     one_hot = torch.zeros(logits.shape, device=logits.device).scatter_(-1, best, 1.0)
     if isinstance(temperature, (int, float)):
         return one_hot
-    temperature = temperature[:, None]                        # one a row: greedy and other rows
+    temperature = torch.as_tensor(temperature, device=logits.device).view(-1, 1)      # one a row
     warm = torch.softmax(logits.float() / torch.where(temperature > 0, temperature, 1.0), -1)
     return torch.where(temperature > 0, warm, one_hot)
 
@@ -375,9 +373,8 @@ def sample(p, generator=None):
 class PackedLinear(nn.Module):
     """The product of an nn.Linear whose weight (out, in) is kept as FBGEMM reads it.
 
-    The result of a row does not depend on the other rows of the pass (to the last bit with AVX-512,
-    up to rounding with AVX2). No
-    gradient comes out. ValueError, by name, for a weight that fp16 cannot hold.
+    The result of a row does not depend on the other rows of the pass: to the last bit with AVX-512,
+    up to rounding with AVX2. No gradient comes out. ValueError for a weight that fp16 cannot hold.
     """
 
     def __init__(self, weight, name):
@@ -391,7 +388,7 @@ class PackedLinear(nn.Module):
         self.packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
 
     def forward(self, x):
-        return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+        return torch.ops.quantized.linear_dynamic_fp16.default(x, self.packed)
 
 
 def fbgemm_works():
@@ -417,18 +414,13 @@ def decoding_copy(llama):
         return llama
     with torch.device("meta"):
         copy = Llama(llama.config)                                         # the structure alone
-    copy.embed_tokens, copy.norm = llama.embed_tokens, llama.norm
-    for number, (new, old) in enumerate(zip(copy.layers, llama.layers)):
-        new.input_layernorm = old.input_layernorm
-        new.post_attention_layernorm = old.post_attention_layernorm
-        for part, name in (("self_attn", "qkv_proj"), ("self_attn", "o_proj"),
-                           ("mlp", "gate_up_proj"), ("mlp", "down_proj")):
-            linear = getattr(getattr(old, part), name)
-            packed = PackedLinear(linear.weight, f"layers.{number}.{part}.{name}")
-            setattr(getattr(new, part), name, packed)
-    copy.draft_vocabulary = llama.draft_vocabulary
+    for name, module in llama.named_modules():
+        if isinstance(module, (nn.Embedding, RMSNorm)):
+            copy.set_submodule(name, module)
+        elif isinstance(module, nn.Linear) and name != "lm_head":
+            copy.set_submodule(name, PackedLinear(module.weight, name))
+    copy.draft_vocabulary, copy.lm_head = llama.draft_vocabulary, None
     copy.decoding_head = PackedLinear(llama.head_weight(llama.draft_vocabulary), "the head")
-    copy.lm_head = None                                       # where it is not tied: packed above
     packed = [module for module in copy.modules() if isinstance(module, PackedLinear)]
     change = max(module.change for module in packed)
     if change:
@@ -444,34 +436,21 @@ def decoding_copy(llama):
 JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
-def split_weights(weights, config):
-    """{name: tensor} of a Llama -> the same with the names and matrices of LlamaForCausalLM."""
-    c = config
-    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    rows = {"qkv_proj": (q, kv, kv), "gate_up_proj": (c.intermediate_size, c.intermediate_size)}
-    result = {}
-    for name, weight in weights.items():
-        where, _, matrix = name.removesuffix(".weight").rpartition(".")
-        if matrix in JOINED:
-            for part, rows_of_part in zip(JOINED[matrix], weight.split(rows[matrix])):
-                result[f"model.{where}.{part}.weight"] = rows_of_part
-        else:                     # inside LlamaForCausalLM all but the head lives under "model."
-            result[name if matrix == "lm_head" else f"model.{name}"] = weight
-    return result
+def names_on_disk(name):
+    """LlamaForCausalLM's names of what is the parameter `name` here."""
+    matrix = name.split(".")[-2]
+    prefix = "" if matrix == "lm_head" else "model."
+    return [prefix + name.replace(matrix, part) for part in JOINED.get(matrix, (matrix,))]
 
 
-def join_weights(weights):
-    """The reverse of split_weights."""
-    result = {}
-    for name, weight in weights.items():
-        name = name.removeprefix("model.")
-        where, _, matrix = name.removesuffix(".weight").rpartition(".")
-        group = next((group for group, parts in JOINED.items() if matrix in parts), None)
-        if group is None:
-            result[name] = weight
-        elif matrix == JOINED[group][0]:
-            parts = [weights[f"model.{where}.{part}.weight"] for part in JOINED[group]]
-            result[f"{where}.{group}.weight"] = torch.cat(parts)
+def split_weights(llama):
+    """The parameters as they are on disk: {name: tensor}."""
+    config, result = llama.config, {}
+    d, kv, width = config.head_dim, config.num_key_value_heads, config.intermediate_size
+    rows = {3: (config.num_attention_heads * d, kv * d, kv * d), 2: (width, width)}
+    for name, weight in llama.named_parameters():
+        names = names_on_disk(name)
+        result |= zip(names, weight.split(rows.get(len(names), len(weight))))
     return result
 
 
@@ -502,31 +481,31 @@ def load(folder, device="cpu", dtype=torch.float32):
                if not name.endswith(unused)}
     with torch.device("meta"):
         llama = Llama(config)                            # shapes only: no memory, no random numbers
-    expected = {name: tuple(weight.shape) for name, weight
-                in split_weights(dict(llama.named_parameters()), config).items()}
+    expected = {name: tuple(weight.shape) for name, weight in split_weights(llama).items()}
     found = {name: tuple(weight.shape) for name, weight in weights.items()}
     if wrong := sorted(set(expected.items()) ^ set(found.items())):
         name = wrong[0][0]
         raise ValueError(f"{folder}: weights do not match config.json, first at {name} (config "
                          f"says {expected.get(name)}, the file has {found.get(name)})")
-    llama.load_state_dict(join_weights(weights), assign=True)
+    llama.load_state_dict({name: torch.cat([weights.pop(part) for part in names_on_disk(name)])
+                           for name, _ in llama.named_parameters()}, assign=True)
     llama.draft_vocabulary = read_draft_vocabulary(folder, config.vocab_size, device)
     return llama
 
 
 def read_draft_vocabulary(folder, vocab_size, device):
     """The ids (K,) of folder's draft_vocabulary.json; None where there is no such file."""
-    path = folder / "draft_vocabulary.json"
+    path, ids = folder / "draft_vocabulary.json", None
     if not path.is_file():
         return None
     try:
         ids = torch.tensor(json.loads(path.read_text()), dtype=torch.int64, device=device)
-        if ids.dim() == 1 and len(ids) and 0 <= ids.min() and ids.max() < vocab_size:
-            return ids
     except (ValueError, TypeError):
         pass
-    raise ValueError(f"{path}: expected a list of token ids below {vocab_size}; copy it again, or "
-                     f"delete it to draft with all tokens")
+    if ids is None or ids.dim() != 1 or not len(ids) or ids.min() < 0 or ids.max() >= vocab_size:
+        raise ValueError(f"{path}: expected a list of token ids below {vocab_size}; copy it again, "
+                         f"or delete it to draft with all tokens")
+    return ids
 
 
 def read_config(folder):
@@ -573,11 +552,11 @@ def save(llama, folder, dtype=None):
     name = str(dtype).removeprefix("torch.")
     keys = asdict(llama.config)
     keys |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
-             "dtype": name, "torch_dtype": name, "attention_bias": False, "mlp_bias": False, "initializer_range": 0.02,
+             "dtype": name, "torch_dtype": name, "attention_bias": False, "mlp_bias": False,
+             "initializer_range": 0.02,
              "rope_parameters": {"rope_type": "default", "rope_theta": llama.config.rope_theta}}
-    weights = split_weights(dict(llama.named_parameters()), llama.config)
     weights = {name: weight.detach().to("cpu", dtype).contiguous()
-               for name, weight in weights.items()}
+               for name, weight in split_weights(llama).items()}
     save_file(weights, folder / "model.safetensors.tmp", metadata={"format": "pt"})
     texts = {"config.json": json.dumps(keys, indent=2)}
     if llama.draft_vocabulary is not None:            # other programs use the whole head
@@ -586,39 +565,3 @@ def save(llama, folder, dtype=None):
         (folder / f"{name}.tmp").write_text(text + "\n")
     for name in ("model.safetensors", *texts):
         os.replace(folder / f"{name}.tmp", folder / name)
-
-
-# ---- What every script shares on its command line ----------------------------------------------
-
-def machine_flags(parser):
-    """Add --seed, --device, --dtype and --threads to an argparse parser."""
-    parser.add_argument("--seed", type=int, default=0,
-                        help="random seed; same seed, same machine, same result (default 0)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="cpu or cuda (default: cuda where there is one)")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"],
-                        help="default float32")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: one a core)")
-
-
-def set_up(args):
-    """Seed torch, set the threads, print what was resolved; returns (device, dtype)."""
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        # glibc hands each freed tensor of some MB back to the kernel, which gives the next one as
-        # empty pages, one fault for every 4 KB. Logits are hundreds of MB, made and freed many
-        # times a step: keeping the memory made a fine-tuning step on two cores 3 times faster.
-        # The numbers are M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD.
-        for option, value in ((-4, 0), (-1, 2 ** 31 - 1), (-2, 2 ** 28)):
-            ctypes.CDLL(None).mallopt(option, value)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    try:
-        device = torch.device(args.device)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device}: not usable here ({str(error).splitlines()[0]}); "
-                         f"use --device cpu") from None
-    print(f"device {device}, {args.dtype}, {torch.get_num_threads()} threads, seed {args.seed}, "
-          f"torch {torch.__version__}")
-    return device, getattr(torch, args.dtype)

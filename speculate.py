@@ -18,6 +18,8 @@ the target gave.
 """
 
 import argparse
+import contextlib
+import itertools
 import json
 import os
 import platform
@@ -45,7 +47,7 @@ def speculative_stream(target, draft, tokens, max_new_tokens, gamma, temperature
     model must read next is text[cache.length:]. There is no other index arithmetic: even after a
     block that was kept whole, where the drafter has not read its own last guess, it holds.
     """
-    check_inputs(target, draft, tokens, max_new_tokens, gamma, temperature, top_p, verify)
+    check_inputs(target, draft, tokens, max_new_tokens, gamma, temperature, top_p)
     text = tokens[0].tolist()
     target_cache, draft_cache = (room_for(llama, len(text) + max_new_tokens, tokens.device)
                                  for llama in (target, draft))
@@ -53,10 +55,7 @@ def speculative_stream(target, draft, tokens, max_new_tokens, gamma, temperature
     def read(llama, cache, text, places):
         return distributions(llama, cache, text, places, temperature, top_p)
 
-    def draw(p):
-        return model.sample(p[None], generator).item()
-
-    first = draw(read(target, target_cache, text, 1)[0])
+    first = model.sample(read(target, target_cache, text, 1), generator).item()
     text.append(first)
     made = Generation(tokens=[first], kinds=["target"])
     yield made
@@ -66,19 +65,20 @@ def speculative_stream(target, draft, tokens, max_new_tokens, gamma, temperature
         guesses, q = [], []
         wanted = gamma if choose is None else choose(made.blocks)
         for _ in range(min(wanted, max_new_tokens - len(made.tokens) - 1)):
-            q.append(read(draft, draft_cache, text + guesses, 1)[0])
-            guesses.append(draw(q[-1]))
+            q.append(read(draft, draft_cache, text + guesses, 1))
+            guesses.append(model.sample(q[-1], generator).item())
 
         # (2) The target reads them all in one pass: p at each guess, and after the last one.
         p = read(target, target_cache, text + guesses, len(guesses) + 1)
-        q = torch.stack(q) if q else p[:0]
+        q = torch.cat([*q, p[:0]])                                                 # (guesses, V)
 
         # (3) Verify: how many guesses are kept, and what the token behind them is drawn from.
         coins = torch.rand(len(guesses), dtype=p.dtype, device=p.device, generator=generator)
         kept, follow = VERIFY[verify](torch.tensor(guesses, dtype=torch.int64), q, p, coins)
 
         # (4) The text grows by both. Behind an end token nothing counts.
-        text += made.add(guesses, int(kept), draw(follow), q, p, eos_ids)
+        following = model.sample(follow[None], generator).item()
+        text += made.add(guesses, int(kept), following, q, p, eos_ids)
 
         # (5) Each cache forgets what was not kept. The newest token was read by neither.
         target_cache.length = min(target_cache.length, len(text) - 1)
@@ -156,7 +156,7 @@ class Generation:
     accepted: int = 0                            # guesses that were kept
     drafted: int = 0                             # guesses examined: up to the first refusal
     overlap: float = 0.0                         # sum of sum_x min(p, q) over the examined places
-    cut: bool = False                            # an end token stands among the last block's guesses
+    cut: bool = False                            # an end token was among the last block's guesses
 
     def ended(self, max_new_tokens, eos_ids):
         return len(self.tokens) >= max_new_tokens or self.tokens[-1] in eos_ids
@@ -212,22 +212,17 @@ def speculative_generate(target, draft, tokens, max_new_tokens, gamma, temperatu
     block it chooses for: a choice that depends on them would favour some texts over others.
     ValueError: another vocabulary, or no room in the target's context.
     """
-    return last(speculative_stream(target, draft, tokens, max_new_tokens, gamma, temperature, top_p,
-                                   eos_ids, generator, verify, choose))
+    *_, made = speculative_stream(target, draft, tokens, max_new_tokens, gamma, temperature, top_p,
+                                  eos_ids, generator, verify, choose)
+    return made
 
 
 def autoregressive_generate(target, tokens, max_new_tokens, temperature, top_p, eos_ids=(),
                             generator=None):
     """Plain decoding of tokens (1, T) -> Generation. Arguments as in speculative_generate."""
-    return last(autoregressive_stream(target, tokens, max_new_tokens, temperature, top_p, eos_ids,
-                                      generator))
-
-
-def last(stream):
-    """The final value of a stream that is not watched on its way."""
-    for value in stream:
-        pass
-    return value
+    *_, made = autoregressive_stream(target, tokens, max_new_tokens, temperature, top_p, eos_ids,
+                                     generator)
+    return made
 
 
 def room_for(llama, tokens, device):
@@ -235,26 +230,21 @@ def room_for(llama, tokens, device):
     return model.KVCache(llama.config, 1, tokens, device, llama.norm.weight.dtype)
 
 
-def check_inputs(target, draft, tokens, max_new_tokens, gamma, temperature, top_p, verify="token"):
+def check_inputs(target, draft, tokens, max_new_tokens, gamma, temperature, top_p):
     """ValueError, in one sentence, for what neither loop can do."""
-    context = target.config.max_position_embeddings
-    if tokens.shape[0] != 1 or tokens.shape[1] < 1:
-        raise ValueError(f"the prompt must be one row of at least one token, got shape "
-                         f"{tuple(tokens.shape)}")
-    if tokens.shape[1] + max_new_tokens > context:
-        raise ValueError(f"a prompt of {tokens.shape[1]} tokens and {max_new_tokens} new ones "
-                         f"exceed the target's context of {context}: shorten the prompt or lower "
-                         f"--max-new-tokens")
+    context, sizes = target.config.max_position_embeddings, tuple(tokens.shape)
+    if sizes[0] != 1 or sizes[1] < 1:
+        raise ValueError(f"the prompt must be one row of at least one token, got shape {sizes}")
+    if sizes[1] + max_new_tokens > context:
+        raise ValueError(f"a prompt of {sizes[1]} tokens and {max_new_tokens} new ones exceed the "
+                         f"target's context of {context}: shorten it or lower --max-new-tokens")
     if max_new_tokens < 1 or gamma < 0 or temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"max_new_tokens {max_new_tokens} must be at least 1, gamma {gamma} and "
-                         f"temperature {temperature} at least 0, top_p {top_p} above 0 and at most "
-                         f"1")
-    if verify not in VERIFY:
-        raise ValueError(f"verify {verify!r} must be one of {', '.join(VERIFY)}")
+                         f"temperature {temperature} at least 0, top_p {top_p} above 0, at most 1")
     if draft is not None and draft.config.vocab_size != target.config.vocab_size:
         raise ValueError(f"draft vocabulary {draft.config.vocab_size} does not match target "
-                         f"vocabulary {target.config.vocab_size}: a drafter must share its target's "
-                         f"tokenizer")
+                         f"vocabulary {target.config.vocab_size}: a drafter must share its "
+                         f"target's tokenizer")
 
 
 # ---- gamma chosen block by block ---------------------------------------------------------------
@@ -308,56 +298,43 @@ def pass_seconds(llama, width, context=128, repeats=5):
 
 # ---- One answer, and chat ----------------------------------------------------------------------
 
-COLOURS = {"target": "", "accepted": "\033[32m", "corrected": "\033[31m", "bonus": "\033[36m"}
-MARKS = {"target": ("", ""), "accepted": ("", ""), "corrected": ("[", "]"), "bonus": ("{", "}")}
+MARKS = {"colour": {"accepted": ("\033[32m", "\033[0m"), "corrected": ("\033[31m", "\033[0m"),
+                    "bonus": ("\033[36m", "\033[0m")},
+         "brackets": {"accepted": ("", ""), "corrected": ("[", "]"), "bonus": ("{", "}")},
+         "plain": {}}                             # by where a token came from
 
 
 def trace_style(choice):
-    """How tokens are told apart: by colour on a terminal, by brackets where colour is unwanted,
-    not at all in a pipe."""
-    if choice != "auto":
-        return choice
-    if not sys.stdout.isatty():
-        return "plain"
-    return "brackets" if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" else "colour"
-
-
-def print_stream(stream, tok, style):
-    """Print tokens as blocks arrive, whole characters only; returns the finished Generation and
-    the text."""
-    decoder, shown, text, made = tok.stream(), 0, "", None
-    for made in stream:
-        for token, kind in zip(made.tokens[shown:], made.kinds[shown:]):
-            piece = decoder.push(token)
-            text += piece
-            if piece and style == "colour" and COLOURS[kind]:
-                piece = COLOURS[kind] + piece + "\033[0m"
-            elif piece and style == "brackets":
-                piece = MARKS[kind][0] + piece + MARKS[kind][1]
-            print(piece, end="", flush=True)
-        shown = len(made.tokens)
-    rest = decoder.flush()
-    print(rest)
-    return made, text + rest
+    """auto: colour on a terminal, brackets where colour is unwanted, plain in a pipe."""
+    no_colour = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    best = "plain" if not sys.stdout.isatty() else "brackets" if no_colour else "colour"
+    return best if choice == "auto" else choice
 
 
 def answer(pair, messages, args, style):
-    """Stream one answer, then its figures in one line; returns the text."""
+    """Print one answer as its blocks arrive, whole characters only, then its figures in a line;
+    returns the text."""
     target, draft, tok, device, choose = pair
-    tokens = torch.tensor([tok.chat_prompt(messages)], device=device)
-    begin = time.perf_counter()
-    stream = speculative_stream(target, draft, tokens, args.max_new_tokens, args.gamma[0],
-                                args.temperature, args.top_p, tok.eos_ids, None, args.verify, choose)
-    made, text = print_stream(stream, tok, style)
+    tokens, begin = torch.tensor([tok.chat_prompt(messages)], device=device), time.perf_counter()
+    decoder, shown, text = tok.stream(), 0, ""
+    for made in speculative_stream(target, draft, tokens, args.max_new_tokens, args.gamma[0],
+                                   args.temperature, args.top_p, tok.eos_ids, None, args.verify,
+                                   choose):
+        for token, kind in zip(made.tokens[shown:], made.kinds[shown:]):
+            piece = decoder.push(token)
+            before, after = MARKS[style].get(kind, ("", "")) if piece else ("", "")
+            print(before + piece + after, end="", flush=True)
+            text += piece
+        shown = len(made.tokens)
+    print(rest := decoder.flush())
     seconds = time.perf_counter() - begin
-    legend = {"colour": " ".join(f"{COLOURS[kind]}{kind}\033[0m" for kind in COLOURS) + "  ",
-              "brackets": "accepted [corrected] {bonus}  "}.get(style, "")
+    legend = "".join(f"{before}{kind}{after} " for kind, (before, after) in MARKS[style].items())
     alpha = f"{made.accepted / made.drafted:.2f}" if made.drafted else "none drafted"
     tau = f"{made.tau:.2f}" if made.target_calls else "no block"
-    print(f"--- {legend}{len(made.tokens)} tokens in {seconds:.1f} s "
-          f"({len(made.tokens) / seconds:.1f}/s)  gamma {'auto' if choose else args.gamma[0]}  "
-          f"tau {tau}  alpha {alpha}", file=sys.stderr if style == "plain" else sys.stdout)
-    return text
+    print(f"--- {legend}{shown} tokens in {seconds:.1f} s ({shown / seconds:.1f}/s)  "
+          f"gamma {'auto' if choose else args.gamma[0]}  tau {tau}  alpha {alpha}",
+          file=sys.stderr if style == "plain" else sys.stdout)
+    return text + rest
 
 
 def chat(pair, args, style):
@@ -397,12 +374,11 @@ def bench(pair, args):
                          args.temperature, args.top_p)
         except ValueError as error:
             raise ValueError(f"{args.bench}, prompt {number}: {error}") from None
-    step = pass_seconds(target, 1)
-    costs = {"draft": pass_seconds(draft, 1) / step,
-             "verify": {gamma: pass_seconds(target, gamma + 1) / step for gamma in args.gamma},
-             "size": draft.parameter_count() / target.parameter_count()}
-    print(f"target step {step * 1e3:.1f} ms; over it, a drafter step is {costs['draft']:.3f}, "
-          f"verification " + ", ".join(f"{v:.2f} (gamma {g})" for g, v in costs["verify"].items()))
+    step, size = pass_seconds(target, 1), draft.parameter_count() / target.parameter_count()
+    draft_cost = pass_seconds(draft, 1) / step
+    verify_costs = {gamma: pass_seconds(target, gamma + 1) / step for gamma in args.gamma}
+    print(f"target step {step * 1e3:.1f} ms; over it, a drafter step is {draft_cost:.3f}, a pass "
+          "over " + ", ".join(f"{g + 1} tokens {cost:.2f}" for g, cost in verify_costs.items()))
     for gamma in (None, args.gamma[0]):           # warms up, not counted
         timed(pair, args, prompt_ids[0], gamma, 0)
     runs = {gamma: [] for gamma in args.gamma}
@@ -419,12 +395,11 @@ def bench(pair, args):
         progress.update(number + 1)
         tasks = [prompt["task"] for prompt in prompts[:number + 1]]
         rows = []
-        for task in [*dict.fromkeys(tasks), "all"]:
-            for gamma in args.gamma:
-                chosen = [run for run, its in zip(runs[gamma], tasks) if task in (its, "all")]
-                rows.append(summarise(task, gamma, chosen, args, costs))
+        for task, gamma in itertools.product([*dict.fromkeys(tasks), "all"], args.gamma):
+            chosen = [run for run, its in zip(runs[gamma], tasks) if task in (its, "all")]
+            rows.append(summarise(task, gamma, chosen, args, verify_costs[gamma], draft_cost, size))
         result = {"target": str(args.target), "draft": str(args.draft), "machine": machine(),
-                  "size_ratio": costs["size"], "verify": args.verify, "rows": rows,
+                  "size_ratio": size, "verify": args.verify, "rows": rows,
                   "mismatches": mismatches}
         if args.json:                             # after every prompt: a kill leaves what there is
             with files.atomic(args.json) as temporary:
@@ -446,86 +421,76 @@ def timed(pair, args, ids, gamma, number):
     begin = time.perf_counter()
     made = next(stream)                           # the first token: the prompt has been read
     prompt_seconds = time.perf_counter() - begin
-    for made in stream:
-        pass
+    *_, made = made, *stream
     return made, time.perf_counter() - begin, prompt_seconds
 
 
-def summarise(task, gamma, runs, args, costs):
+def summarise(task, gamma, runs, args, verify_cost, draft_cost, size):
     """One row of figures over these prompts; runs: (plain, speculative) results of timed()."""
     # One row a prompt; columns: plain tokens and seconds, speculative tokens and seconds, accepted,
     # drafted, and the seconds behind the prompt, plain and speculative.
     table = np.array([[len(a.tokens), s, len(b.tokens), t, b.accepted, b.drafted, s - s0, t - t0]
                       for (a, s, s0), (b, t, t0) in runs])
-    total = table.sum(0)
     # Bootstrap: prompts drawn with replacement, 2,000 times: what other such prompts would give.
     picks = np.random.default_rng(args.seed).integers(len(runs), size=(2000, len(runs)))
-    drawn = table[picks].sum(1)
+    total, drawn, texts = table.sum(0), table[picks].sum(1), [b for _, (b, _, _) in runs]
+    plain, speculative = total[0] / total[1], total[2] / total[3]
     speedups = (drawn[:, 2] / drawn[:, 3]) / (drawn[:, 0] / drawn[:, 1])
-    low, high = np.percentile(speedups, [2.5, 97.5]).tolist()
-    # The first token came from the prompt's pass; a text of that one token adds no time behind it.
-    behind = [(total[i] - len(runs)) / total[j] if total[j] > 0 else 0 for i, j in ((0, 6), (2, 7))]
-    texts = [b for _, (b, _, _) in runs]
     calls, whole = sum(b.target_calls for b in texts), np.zeros(gamma + 1, int)
-    for b in texts:
+    for b in texts:                               # whole blocks: neither cut nor shortened
         for drafted, kept in b.blocks[:-1] if b.cut else b.blocks:
             whole[kept] += drafted == gamma
     tau = (total[2] - len(runs)) / calls if calls else None
-    judged = args.verify == "token" and total[5] > 0         # the block rule knows no first refusal
-    alpha = total[4] / total[5] if judged else None
-    with_guesses = drawn[drawn[:, 5] > 0]
-    alphas = np.percentile(with_guesses[:, 4] / with_guesses[:, 5], [2.5, 97.5]) if judged else None
-    greedy = args.temperature == 0
-    return {
-        "task": task, "gamma": gamma, "temperature": args.temperature, "top_p": args.top_p,
-        "prompts": len(runs), "new_tokens": int(total[2]), "tau": tau, "alpha": alpha,
-        "alpha_low": float(alphas[0]) if judged else None,
-        "alpha_high": float(alphas[1]) if judged else None,
-        "alpha_analytic": sum(b.overlap for b in texts) / total[5] if judged else None,
-        "tau_implied": float(losses.implied_tau(alpha, gamma)) if judged else None,
-        "mbsu": tau / (costs["size"] * gamma + 1) if calls else None,
-        "plain_tokens_per_s": total[0] / total[1], "speculative_tokens_per_s": total[2] / total[3],
-        "speedup": (total[2] / total[3]) / (total[0] / total[1]),
-        "speedup_low": low, "speedup_high": high,
-        "decoding_speedup": behind[1] / behind[0] if min(behind) > 0 else None,
-        "speedup_predicted": tau / (gamma * costs["draft"] + costs["verify"][gamma]) if calls else None,
-        "greedy_mismatches": sum(a.tokens != b.tokens for (a, *_), (b, *_) in runs) if greedy else None,
-        "kept_histogram": whole.tolist()}
+    row = {"task": task, "gamma": gamma, "temperature": args.temperature, "top_p": args.top_p,
+           "prompts": len(runs), "new_tokens": int(total[2]), "tau": tau, "alpha": None,
+           "alpha_low": None, "alpha_high": None, "alpha_analytic": None,
+           "mbsu": tau and tau / (size * gamma + 1),
+           "plain_tokens_per_s": plain, "speculative_tokens_per_s": speculative,
+           "speedup": speculative / plain, "speedup_low": float(np.percentile(speedups, 2.5)),
+           "speedup_high": float(np.percentile(speedups, 97.5)), "decoding_speedup": None,
+           "speedup_predicted": tau and tau / (gamma * draft_cost + verify_cost),
+           "greedy_mismatches": None, "kept_histogram": whole.tolist()}
+    if calls:                                     # the prompt's pass gave each first token
+        first = len(runs)
+        row["decoding_speedup"] = (total[2] - first) / total[7] / ((total[0] - first) / total[6])
+    if args.verify == "token" and total[5]:       # the block rule knows no first refusal
+        alphas = drawn[drawn[:, 5] > 0]
+        low, high = np.percentile(alphas[:, 4] / alphas[:, 5], [2.5, 97.5]).tolist()
+        row |= {"alpha": total[4] / total[5], "alpha_low": low, "alpha_high": high,
+                "alpha_analytic": sum(b.overlap for b in texts) / total[5]}
+    if args.temperature == 0:
+        row["greedy_mismatches"] = sum(a.tokens != b.tokens for (a, *_), (b, *_) in runs)
+    return row
 
 
 def print_rows(result, args):
     """The table, and acceptance by position."""
+    keys = ("task", "gamma", "prompts", "tau", "alpha", "alpha_analytic", "mbsu",
+            "plain_tokens_per_s", "speculative_tokens_per_s", "speedup", "speedup_low",
+            "speedup_high", "decoding_speedup", "speedup_predicted", "greedy_mismatches")
     print(f"{result['machine']}; drafter / target parameters c = {result['size_ratio']:.3f}; "
           f"temperature {args.temperature}, top-p {args.top_p}, rule {args.verify}")
-    print("speed-up: prompts included; decoding: without them; predicted: from the costs of passes")
-    print(f"{'task':14} gamma prompts    tau  alpha  (analytic)   MBSU  plain/s   spec/s  speed-up  "
-          f"95 % interval  decoding  predicted" + ("  mismatches" if args.temperature == 0 else ""))
+    print("| " + " | ".join(keys).replace("_", " ") + " |\n" + "|---" * len(keys) + "|")
     for row in result["rows"]:
-        row = {key: float("nan") if value is None else value for key, value in row.items()}
-        print("{task:14} {gamma:5d} {prompts:7d} {tau:6.2f} {alpha:6.3f}     ({alpha_analytic:.3f}) "
-              "{mbsu:7.2f} {plain_tokens_per_s:8.1f} {speculative_tokens_per_s:8.1f} {speedup:9.2f}   "
-              "{speedup_low:.2f} to {speedup_high:.2f} {decoding_speedup:10.2f} "
-              "{speedup_predicted:10.2f}".format(**row)
-              + (f"{row['greedy_mismatches']:12d}" if args.temperature == 0 else ""))
+        cells = (f"{row[key]:.2f}" if isinstance(row[key], float) else row[key] for key in keys)
+        print("| " + " | ".join("-" if cell is None else str(cell) for cell in cells) + " |")
     for row in result["rows"][-len(args.gamma):]:
         # at_least[k]: whole blocks that kept k guesses or more.
         at_least = np.array(row["kept_histogram"])[::-1].cumsum()[::-1]
         if at_least[0]:
             reached = " ".join(f"{n / at_least[0]:.2f}" for n in at_least[1:])
             after = " ".join(f"{b / a:.2f}" if a else "-" for a, b in zip(at_least, at_least[1:]))
-            print(f"gamma {row['gamma']}, {at_least[0]} whole blocks, guess 1, 2, ...: kept {reached}; "
-                  f"kept where all before it were {after}")
+            print(f"gamma {row['gamma']}, {at_least[0]} whole blocks; guess 1, 2, ... was kept in "
+                  f"{reached} of all blocks, and in {after} of those that kept all before it")
     if args.json:
         print(f"wrote {args.json}")
 
 
 def machine():
     """One line that says what the figures were measured on."""
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")),
-                    name)
+    name, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if info.is_file() and "model name" in (text := info.read_text()):
+        name = text.split("model name", 1)[1].splitlines()[0].split(":")[1].strip()
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{name}, {torch.get_num_threads()} threads{gpu}, torch {torch.__version__}"
 
@@ -533,20 +498,18 @@ def machine():
 def report_mismatch(target, prompt, plain, spec, number, gamma):
     """Greedy texts differ: say where, and the target's logits of both choices there. A tie is the
     only good reason."""
-    length = min(len(plain), len(spec))
-    same = next((i for i, (a, b) in enumerate(zip(plain, spec)) if a != b), length)
-    if same == length:
+    same = len(os.path.commonprefix([plain, spec]))
+    if same == min(len(plain), len(spec)):
         raise RuntimeError(f"prompt {number}, gamma {gamma}: one greedy text is a prefix of the "
                            f"other: a bug in the loop")
     with torch.inference_mode():
         text = torch.tensor([prompt + plain[:same]], device=target.norm.weight.device)
         logits = target.head(target.hidden(text)[0, -1]).float()
-    a, b = logits[plain[same]].item(), logits[spec[same]].item()
-    print(f"  greedy mismatch: prompt {number}, gamma {gamma}, new token {same}: plain chose "
-          f"{plain[same]} (logit {a:.6f}), speculative {spec[same]} (logit {b:.6f}), apart "
-          f"{abs(a - b):.1e}")
-    return {"prompt": number, "gamma": gamma, "position": same, "plain": [plain[same], a],
-            "speculative": [spec[same], b]}
+    (x, a), (y, b) = ([text[same], logits[text[same]].item()] for text in (plain, spec))
+    print(f"  greedy mismatch: prompt {number}, gamma {gamma}, new token {same}: plain chose {x} "
+          f"(logit {a:.6f}), speculative {y} (logit {b:.6f}), apart {abs(a - b):.1e}")
+    return {"prompt": number, "gamma": gamma, "position": same, "plain": [x, a],
+            "speculative": [y, b]}
 
 
 # ---- Command line ------------------------------------------------------------------------------
@@ -554,31 +517,26 @@ def report_mismatch(target, prompt, plain, spec, number, gamma):
 def parse():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", type=Path, required=True, help="the chat model's folder")
-    parser.add_argument("--draft", type=Path, required=True,
-                        help="the drafter's folder; it must share the target's tokenizer")
+    add = parser.add_argument
+    add("--target", type=Path, required=True, help="the chat model's folder")
+    add("--draft", type=Path, required=True, help="the drafter's folder, of the same tokenizer")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="answer this and stop")
     what.add_argument("--chat", action="store_true", help="a conversation in the terminal")
     what.add_argument("--bench", type=Path, metavar="FILE",
                       help="time all prompts of a JSON lines file against plain decoding")
-    parser.add_argument("--gamma", type=lambda text: text if text == "auto" else int(text), nargs="+",
-                        help="guesses a block (default 3, --chat auto); several for --bench. auto "
-                             "measures the passes at start and follows the acceptance rate: above "
-                             "temperature 0 a seed then fixes the text's distribution, not the text")
-    parser.add_argument("--verify", default="token", choices=VERIFY,
-                        help="the rule: guess by guess, or the block as a whole (default token)")
-    parser.add_argument("--temperature", type=float, help="0 is greedy (default 0.6; --bench 0)")
-    parser.add_argument("--top-p", type=float,
-                        help="nucleus mass, 1 cuts nothing (default 0.9; --bench 1)")
-    parser.add_argument("--max-new-tokens", type=int, help="default 256; --bench 128")
-    parser.add_argument("--limit", type=int, default=0, metavar="N",
-                        help="--bench: only the first N prompts of each task")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="--bench: write the figures there")
-    parser.add_argument("--trace", default="auto", choices=["auto", "colour", "brackets", "plain"],
-                        help="how tokens are told apart (auto: colour on a terminal, brackets with "
-                             "NO_COLOR, plain in a pipe)")
-    model.machine_flags(parser)
+    add("--gamma", type=lambda text: text if text == "auto" else int(text), nargs="+",
+        help="guesses a block (default 3, --chat auto); several for --bench. auto measures passes, "
+             "so above temperature 0 a seed fixes the text's distribution, not the text")
+    add("--verify", default="token", choices=VERIFY, help="the rule (default token)")
+    add("--temperature", type=float, help="0 is greedy (default 0.6; --bench 0)")
+    add("--top-p", type=float, help="nucleus mass, 1 cuts nothing (default 0.9; --bench 1)")
+    add("--max-new-tokens", type=int, help="default 256; --bench 128")
+    add("--limit", type=int, default=0, metavar="N", help="--bench: N prompts of each task")
+    add("--json", type=Path, metavar="OUT", help="--bench: write the figures there")
+    add("--trace", default="auto", choices=["auto", *MARKS],
+        help="how tokens are told apart (auto: brackets with NO_COLOR, plain in a pipe)")
+    files.machine_flags(parser)
     args = parser.parse_args()
     defaults = {"temperature": (0.6, 0.0), "top_p": (0.9, 1.0), "max_new_tokens": (256, 128)}
     for name, (ordinary, for_bench) in defaults.items():
@@ -600,18 +558,16 @@ def main():
     tok, draft_tok = tokenizer.load(args.target), tokenizer.load(args.draft)
     if tok.fingerprint != draft_tok.fingerprint:
         raise ValueError(f"{args.draft} has another tokenizer than {args.target} "
-                         f"({draft_tok.vocab_size} and {tok.vocab_size} tokens, not the same ones): "
-                         f"a drafter must share its target's tokenizer")
+                         f"({draft_tok.vocab_size} and {tok.vocab_size} tokens, not the same "
+                         f"ones): a drafter must share its target's tokenizer")
     style = trace_style(args.trace)
-    if style == "plain":                          # in a pipe stdout carries the answer alone
-        stdout, sys.stdout = sys.stdout, sys.stderr
-    device, dtype = model.set_up(args)
-    target, draft = (model.load(folder, device, dtype).for_decoding()
-                     for folder in (args.target, args.draft))
-    print(f"target {target.parameter_count() / 1e6:.1f} M parameters, drafter "
-          f"{draft.parameter_count() / 1e6:.1f} M")
-    if style == "plain":
-        sys.stdout = stdout
+    # In a pipe stdout carries the answer alone.
+    with contextlib.redirect_stdout(sys.stderr if style == "plain" else sys.stdout):
+        device, dtype = files.set_up(args)
+        target, draft = (model.load(folder, device, dtype).for_decoding()
+                         for folder in (args.target, args.draft))
+        print(f"target {target.parameter_count() / 1e6:.1f} M parameters, drafter "
+              f"{draft.parameter_count() / 1e6:.1f} M")
     choose = None
     if args.gamma[0] == "auto":
         args.gamma, choose = [0], measured_gamma(target, draft)

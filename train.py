@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from data import files, tokenizer as tokenizers
-from model import Config, Llama, load as load_model, machine_flags, save as save_model, set_up
+from model import Config, Llama, load as load_model, save as save_model
 
 # Shapes only: vocabulary, end tokens and reach come from the tokenizer. The vocabulary counted with in brackets.
 PRESETS = {
@@ -377,7 +377,7 @@ def parse(argv):
     parser.add_argument("--warm-up", type=int, help="steps of rising learning rate (default: a twentieth of --steps)")
     parser.add_argument("--min-learning-rate", type=float, help="where the cosine ends (default: a tenth of the peak)")
     parser.add_argument("--resume", action="store_true", help="go on exactly from the checkpoint in --out")
-    machine_flags(parser)
+    files.machine_flags(parser)
     args = parser.parse_args(argv)
     for name in ("steps", "batch_size", "context", "accumulate", "learning_rate", "eval_every", "save_every"):
         if not getattr(args, name) > 0:
@@ -396,7 +396,7 @@ def main(argv=None):
     out = Path(args.out)
     if not args.resume and any((out / name).is_file() for name in ("training.pt", "model.safetensors", "config.json")):
         raise ValueError(f"--out {out} already holds a model: add --resume to go on with it, or give another folder")
-    device, dtype = set_up(args)
+    device, dtype = files.set_up(args)
 
     tokenizer = tokenizers.load(args.tokenizer)
     if args.chat:
