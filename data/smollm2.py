@@ -62,17 +62,21 @@ def undo_rotary_permutation(weight, heads):
     return weight.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
 
 
+# GGUF's names of tensors and the Hugging Face layout's; data/export_gguf.py uses them the other way.
+WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+PARTS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+         "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+         "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+         "ffn_down": "mlp.down_proj"}
+
+
 def hugging_face_name(name):
     """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight"""
-    whole = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
-             "output.weight": "lm_head.weight"}
-    parts = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
-             "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-             "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
-    if name in whole:
-        return whole[name]
-    _, layer, part, kind = name.split(".")
-    return f"model.layers.{layer}.{parts[part]}.{kind}"
+    name = name.removesuffix(".weight")
+    if name in WHOLE:
+        return f"{WHOLE[name]}.weight"
+    _, layer, part = name.split(".")
+    return f"model.layers.{layer}.{PARTS[part]}.weight"
 
 
 def tokenizer_files(field):
