@@ -63,7 +63,7 @@ def add_tokenizer(folder, writer, rows):
         if content["model"]["type"] != "BPE" or not name or not usual or content["normalizer"]:
             raise ValueError(f"{folder / 'tokenizer.json'}: llama.cpp has no name known here for "
                              f"its pre_tokenizer or normalizer (known: "
-                             f"{', '.join(PRE_TOKENIZERS.values())}), it would split text otherwise")
+                             f"{', '.join(PRE_TOKENIZERS.values())}); other ids would come out")
         added = {token["id"]: token for token in content["added_tokens"]}
         texts = {i: text for text, i in content["model"]["vocab"].items()}
         texts |= {i: token["content"] for i, token in added.items()}
