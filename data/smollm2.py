@@ -127,7 +127,7 @@ def convert(gguf, out):
         weight = dequantize(tensor.data, tensor.tensor_type)
         if ".attn_q." in tensor.name or ".attn_k." in tensor.name:
             weight = undo_rotary_permutation(weight, heads if ".attn_q." in tensor.name else kv_heads)
-        # fp16 moves a weight by at most 2^-11 of itself (data/RESULTS.md says what that does).
+        # fp16 moves a weight by at most 2^-11 of itself (data/README.md says what that does).
         tensors[hugging_face_name(tensor.name)] = torch.from_numpy(weight.copy()).half()
     eos, bos, pad = (field(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "bos", "padding"))
     theta = float(field("llama.rope.freq_base"))

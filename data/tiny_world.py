@@ -226,7 +226,7 @@ def prepare(args):
     # and so to answer about words that it was never asked about.
     documents = [f"{HEADINGS[i % len(HEADINGS)].format(row['word'])} {row['response']}" for i, row in enumerate(passages)]
     counts = pretrain_text.write_tokens(args.out / "pretrain", [tok.encode(text) for text in documents], source, tok, 0.05, args.seed)
-    # Conversations to tune on, and the passages again, lest words that no question names be forgotten.
+    # Conversations to tune on, and the passages again, so that words which no question names are not forgotten.
     training = [row for row in pairs if not row["held_out"]]
     files.write_jsonl(args.out / "chat.jsonl", [as_record(row) for row in training] + [
         {"task": "passage", "messages": [], "response": text, "ended": False} for text in documents])
