@@ -18,6 +18,7 @@ returns the loss of each position (N,). Raise both to float, detach the target, 
     LOSSES["hellinger"] = hellinger                     # then: python distill.py finetune --loss hellinger ...
 
 or leave this file alone and write it into your own: python distill.py finetune --loss my_loss.py:hellinger ...
+A loss may also take mu= and sigma=, the mean and deviation of the rewards over the optimiser's step (see tvd_plus_plus).
 
 All functions here return (N,) in fp32; the caller takes the mean. Gradients reach the draft logits only.
 
@@ -27,6 +28,7 @@ All functions here return (N,) in fp32; the caller takes the mean. Gradients rea
 import argparse
 import functools
 import importlib.util
+import inspect
 import sys
 from pathlib import Path
 
@@ -59,15 +61,61 @@ def implied_tau(alpha, gamma):
 
 # ---- Divergences -----------------------------------------------------------------------------------------------------
 
+FLOOR = -100.0        # of the logarithm of a probability: a token with q = 0 makes KL large, not infinite
+
+
+class KLAndTVD(torch.autograd.Function):
+    """KL(p || q) and TVD(p, q) at each position, (N,) and (N,), with their gradients written out.
+
+    In the draft logit of token y: q(y) - p(y), and q(y) (E_q[r] - r(y)) with r(x) = [p(x) > q(x)]; kld and tvd say why.
+    Automatic differentiation finds the same and takes exponentials again for it: lk takes 1.8 times as long, kld 1.4.
+    """
+
+    @staticmethod
+    def forward(ctx, draft_logits, target_logits, with_kl):
+        q, p = torch.softmax(draft_logits, dim=-1), torch.softmax(target_logits, dim=-1)           # (N, V)
+        kl, p_of_kl = None, p
+        if with_kl:
+            log_q, log_p = logarithm(draft_logits, q), logarithm(target_logits, p)
+            if log_q.amin() <= FLOOR:             # seldom: these tokens have no part in KL's gradient
+                p_of_kl = p * (log_q > FLOOR)
+            kl = torch.linalg.vecdot(p, log_p.sub_(log_q))
+        ctx.save_for_backward(q, p, p_of_kl)
+        ctx.set_materialize_grads(False)          # the gradient of a distance that nobody used is None, not zeros
+        return kl, torch.sub(p, q).relu_().sum(-1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, kl_gradient, tvd_gradient):
+        q, p, p_of_kl = ctx.saved_tensors
+        gradient = torch.zeros_like(q)
+        if kl_gradient is not None:
+            g = kl_gradient[:, None]
+            gradient.addcmul_(q, g * p_of_kl.sum(-1, keepdim=True)).addcmul_(p_of_kl, -g)
+        if tvd_gradient is not None:
+            g, rq = tvd_gradient[:, None], torch.sub(p, q).relu_().sign_().mul_(q)                 # r(x) q(x)
+            gradient.addcmul_(q, g * rq.sum(-1, keepdim=True)).addcmul_(rq, -g)
+        return gradient, None, None
+
+
+def logarithm(logits, s):
+    """log softmax(logits), floored, where s = softmax(logits) is there already: logits - logsumexp(logits), and the
+    largest logit with its s tells the logsumexp."""
+    return (logits - (logits.amax(-1, keepdim=True) - s.amax(-1, keepdim=True).log())).clamp_(min=FLOOR)
+
+
+def kl_and_tvd(draft_logits, target_logits, with_kl=True):
+    """KL(p || q) (None without with_kl) and TVD(p, q), (N,) each, in fp32; the target detached."""
+    return KLAndTVD.apply(draft_logits.float(), target_logits.detach().float(), with_kl)
+
+
 def kld(draft_logits, target_logits):
     """KL(p || q) = sum_x p (log p - log q). Gradient in the draft logits: q - p.
 
     The drafter must cover all that the target might say. Where q is 0 and p is not it would be infinite; log q is
     floored at -100 there, which leaves those tokens out of the gradient.
     """
-    log_q = draft_log_q(draft_logits).clamp(min=-100)
-    log_p = torch.log_softmax(target_logits.detach().float(), dim=-1).clamp(min=-100)
-    return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)    # p (log p - log q), in one pass
+    return kl_and_tvd(draft_logits, target_logits)[0]
 
 
 def rkld(draft_logits, target_logits):
@@ -98,26 +146,30 @@ def tvd(draft_logits, target_logits):
         grad TVD = -sum_x r(x) grad q(x) = -E_{x~q}[ r(x) grad log q(x) ]
 
     since grad q = q grad log q. In the draft logit of token y this is q(y) (E_q[r] - r(y)). Both sum to 1, so the half sum of
-    |p - q| is the sum of its positive part max(p - q, 0) alone, and where that is 0 its derivative is 0, so that ties
-    fall on r = 0 as in the equation (an automatic derivative of |p - q| or of a minimum would choose for us).
+    |p - q| is the sum of its positive part max(p - q, 0) alone. Ties have r = 0, as in the equation (an automatic derivative
+    of |p - q| or of a minimum would choose for us).
     """
-    p, q = target_p(target_logits), torch.softmax(draft_logits.float(), dim=-1)
-    return F.relu(p - q).sum(-1)          # torch.where(p > q, q, p) would do, in twice the time
+    return kl_and_tvd(draft_logits, target_logits, with_kl=False)[1]
 
 
-def reward_mean_and_deviation(draft_logits, target_logits, floor=1e-3):
-    """mu and sigma of the reward r(x) = [p(x) > q(x)] for x ~ q, over all positions given; two detached numbers.
-
-    mu is the mean over positions of E_{x~q}[r]. A reward is 0 or 1, so its variance is mu (1 - mu). sigma is floored:
-    when p = q nearly everywhere no reward is left, and dividing by 0 would make noise of rounding errors.
-    """
+def expected_reward(draft_logits, target_logits):
+    """E_{x~q}[r(x)] = sum_x q(x) [p(x) > q(x)] at each position, (N,), detached."""
     with torch.no_grad():
         p, q = target_p(target_logits), torch.softmax(draft_logits.float(), dim=-1)
-        mu = torch.where(p > q, q, 0.0).sum(-1).mean()
-        return mu, (mu * (1 - mu)).sqrt().clamp(min=floor)
+        return torch.where(p > q, q, 0.0).sum(-1)
 
 
-def tvd_plus_plus(draft_logits, target_logits, sigma=None):
+def mean_and_deviation(rewards, floor=1e-3):
+    """mu and sigma of rewards, or of expected rewards, over all their positions: two numbers.
+
+    A reward is 0 or 1, so its variance is mu (1 - mu). sigma is floored: where p = q nearly everywhere no reward is
+    left, and dividing by 0 would make noise of rounding errors.
+    """
+    mu = rewards.mean()
+    return mu, (mu * (1 - mu)).sqrt().clamp(min=floor)
+
+
+def tvd_plus_plus(draft_logits, target_logits, mu=None, sigma=None):
     """TVD++ (Goel et al., 2024, section 3.2), exact form: the reward becomes the advantage A(x) = (r(x) - mu) / sigma.
 
     The exact gradient is -E_{x~q}[A grad log q] = -(1/sigma) E[r grad log q] + (mu/sigma) E[grad log q], and the last
@@ -126,12 +178,23 @@ def tvd_plus_plus(draft_logits, target_logits, sigma=None):
     value worth logging (the surrogate's own mean is always 0). What the baseline does reduce is the noise of the
     sampled form, where the expectation is replaced by a few x ~ q.
 
-    sigma: None takes it from the positions given, which are the batch in the paper's sense; a caller that goes
-    through its batch in pieces gives one for all of them (reward_mean_and_deviation).
+    mu, sigma: mean and deviation of the rewards over the batch. The batch is the optimiser's step, however it is cut into
+    pieces (step_options gives both); None takes them from the positions given.
     """
     if sigma is None:
-        sigma = reward_mean_and_deviation(draft_logits, target_logits)[1]
+        mu, sigma = mean_and_deviation(expected_reward(draft_logits, target_logits))
     return tvd(draft_logits, target_logits) / sigma
+
+
+def tvd_plus_plus_position(draft_logits, target_logits):
+    """tvd++ with mu and sigma of each position by itself, under its own q: a reading that the paper leaves open, too.
+
+    It divides each position's gradient by a number of its own, so positions are weighed anew: those where the drafter is
+    nearly right, or nearly always wrong, count more. Not tvd up to a scale. (A third reading, seen in public code, takes
+    mu and sigma over the vocabulary without the weight q. That is the gradient of another function.)
+    """
+    mu = expected_reward(draft_logits, target_logits)
+    return tvd(draft_logits, target_logits) / (mu * (1 - mu)).sqrt().clamp(min=1e-3)
 
 
 # ---- After the paper -------------------------------------------------------------------------------------------------
@@ -146,9 +209,9 @@ def lk(draft_logits, target_logits):
     """lambda KL(p || q) + (1 - lambda) TVD with lambda = exp(-3 alpha), alpha = sum min(p, q) at that position, detached:
     KL while the drafter is bad, where TVD has little gradient, then TVD (Samarin et al., 2026, arXiv 2602.23881).
     Some implementations average alpha over the batch; here each position has its own."""
-    distance = tvd(draft_logits, target_logits)
+    kl, distance = kl_and_tvd(draft_logits, target_logits)
     weight = torch.exp(-3 * (1 - distance.detach()))
-    return weight * kld(draft_logits, target_logits) + (1 - weight) * distance
+    return weight * kl + (1 - weight) * distance
 
 
 # ---- The sampled form: REINFORCE, and what a baseline does for it ----------------------------------------------------
@@ -157,25 +220,26 @@ def lk(draft_logits, target_logits):
 # x ~ q and average (r(x) - b) s(x), with the score s(x) = grad log q(x). Its mean is the exact gradient for every b that
 # does not depend on x, since E_q[s] = 0; its noise depends on b very much. A baseline is a function
 #
-#     baseline(rewards, p, q) -> b, to be taken off the rewards (it must broadcast to their shape)
+#     baseline(rewards, p, q, mu) -> b, to be taken off the rewards (it must broadcast to their shape)
 #
-# of the samples' rewards (N, K) and both distributions (N, V). Write your own and enter it in BASELINES.
+# of the samples' rewards (N, K), both distributions (N, V), and the mean reward mu over the whole batch. Write your own
+# and enter it in BASELINES.
 
-def no_baseline(rewards, p, q):
+def no_baseline(rewards, p, q, mu):
     """b = 0. Unbiased. Every sampled token with a reward is pushed up, and none is pushed down."""
     return 0.0
 
 
-def batch_mean(rewards, p, q):
-    """The mean reward of the whole batch, M = N K samples: the paper's mu. Assumes that positions are alike.
+def batch_mean(rewards, p, q, mu):
+    """The mean reward of the whole batch, M = N K samples: the paper's mu. Assumes that all positions are similar.
 
     Biased, because each sample sits in its own mean: own term r s / M, all others independent of s. So the mean is the
     exact gradient times 1 - 1/M: a matter of scale only, and small in a large batch.
     """
-    return rewards.mean()
+    return mu
 
 
-def expected_reward(rewards, p, q):
+def expected_at_position(rewards, p, q, mu):
     """E_{x~q}[r] at each position, summed over the vocabulary: the value function, known exactly here. Unbiased.
 
     Where it can be had, so can the exact gradient; it shows what a learnt critic would be after.
@@ -183,9 +247,9 @@ def expected_reward(rewards, p, q):
     return torch.where(p > q, q, 0.0).sum(-1, keepdim=True)
 
 
-def leave_one_out(rewards, p, q):
+def leave_one_out(rewards, p, q, mu):
     """For each of K samples the mean of the other K - 1 at its position (Kool et al., 2019). Unbiased: it never sees
-    its own sample, and positions need not be alike. Needs samples >= 2."""
+    its own sample, and positions need not be similar. Needs samples >= 2."""
     K = rewards.shape[-1]
     if K < 2:
         raise ValueError("baseline leave-one-out needs at least 2 samples a position; give --samples 2 or more")
@@ -193,18 +257,20 @@ def leave_one_out(rewards, p, q):
 
 
 class RunningMean:
-    """A mean over earlier batches, b <- decay b + (1 - decay) mean(r), 0 at first. Unbiased: it depends on the past only.
-    Assumes that the drafter changes slowly. It has a memory, `mean`, so each training makes its own and saves it."""
+    """A mean over earlier steps, b <- decay b + (1 - decay) mu, 0 at first. Unbiased: it depends on the past only.
+    Assumes that the drafter changes slowly. It has a memory, so each training makes its own and saves it."""
 
     def __init__(self, decay=0.9):
-        self.decay, self.mean = decay, 0.0
+        self.decay, self.mean, self.after = decay, 0.0, 0.0      # `after`: the mean once this step is counted, too
 
-    def __call__(self, rewards, p, q):
-        before, self.mean = self.mean, self.decay * self.mean + (1 - self.decay) * rewards.mean().item()
-        return before
+    def begin_step(self, mu):
+        self.mean, self.after = self.after, self.decay * self.after + (1 - self.decay) * float(mu)
+
+    def __call__(self, rewards, p, q, mu):
+        return self.mean
 
 
-def least_variance(rewards, p, q):
+def least_variance(rewards, p, q, mu):
     """The constant that minimises the variance at each position, E_q[r |s|^2] / E_q[|s|^2]. Unbiased.
 
     d/db E|(r - b) s|^2 = 0 gives it. In the draft logits s(x) = e_x - q, so |s(x)|^2 = 1 - 2 q(x) + sum q^2: rare tokens
@@ -214,46 +280,88 @@ def least_variance(rewards, p, q):
     return torch.where(p > q, weight, 0.0).sum(-1, keepdim=True) / weight.sum(-1, keepdim=True).clamp(min=1e-20)
 
 
-BASELINES = {"none": no_baseline, "batch": batch_mean, "expected": expected_reward, "leave-one-out": leave_one_out,
+BASELINES = {"none": no_baseline, "batch": batch_mean, "expected": expected_at_position, "leave-one-out": leave_one_out,
              "running": RunningMean(), "least-variance": least_variance}
 
 
-def draw(q, samples, generator=None):
-    """samples tokens a position from q (N, V) -> (N, samples), by inversion of the cumulative sum. The random numbers come
-    from the generator's own device, so that one on the CPU serves a GPU too."""
+def toss(positions, samples, generator=None):
+    """Coins (positions, samples), uniform in [0, 1), from the generator (None is the global one)."""
+    return torch.rand(positions, samples, dtype=torch.float64, generator=generator, device=generator.device if generator else None)
+
+
+def draw(q, coins):
+    """A token from q (N, V) for each coin (N, K) -> (N, K), by inversion of the cumulative sum."""
     total = q.double().cumsum(-1)
-    u = torch.rand(len(q), samples, dtype=torch.float64, generator=generator, device=generator.device if generator else q.device)
-    return torch.searchsorted(total, u.to(q.device) * total[:, -1:], right=True).clamp(max=q.shape[-1] - 1)
+    return torch.searchsorted(total, coins.to(q.device) * total[:, -1:], right=True).clamp(max=q.shape[-1] - 1)
 
 
-def tvd_sampled(draft_logits, target_logits, samples=1, baseline="none", whiten=False, generator=None, floor=1e-3):
+def sampled_rewards(draft_logits, target_logits, coins):
+    """Tokens x ~ q and their rewards [p(x) > q(x)], (N, K) each, then p and q (N, V); all detached."""
+    with torch.no_grad():
+        p, q = target_p(target_logits), torch.softmax(draft_logits.float(), dim=-1)      # computed alike: equal logits, equal p and q
+        x = draw(q, coins)                                                               # (N, K)
+        return x, (p.gather(-1, x) > q.gather(-1, x)).float(), p, q
+
+
+def tvd_sampled(draft_logits, target_logits, samples=1, baseline="none", whiten=False, generator=None, coins=None, mu=None, sigma=None):
     """TVD by policy gradient: x ~ q drawn afresh at each position (never the answer's own token, which came from p).
 
-    baseline: a name in BASELINES, or a function. whiten: divide by the standard deviation of this batch's rewards,
+    baseline: a name in BASELINES, or a function. whiten: divide by the standard deviation of the batch's rewards,
     floored. That is biased: rewards and their deviation come from the same samples, so the division is by a number
     that knows the sample (measured in tests/test_losses.py).
     The gradient is -(1/K) sum_k (r(x_k) - b) / sigma  grad log q(x_k). The value is an estimate of TVD, for the log.
+    coins (N, K), mu, sigma: of these positions where the batch is larger than they are (step_options).
     """
-    log_q = draft_log_q(draft_logits)                                                    # (N, V)
+    x, rewards, p, q = sampled_rewards(draft_logits, target_logits, toss(len(draft_logits), samples, generator) if coins is None else coins)
+    baseline = BASELINES[baseline] if isinstance(baseline, str) else baseline
+    if sigma is None:
+        mu, sigma = begin_step(rewards, baseline)
     with torch.no_grad():
-        p, q = target_p(target_logits), torch.softmax(draft_logits.float(), dim=-1)      # computed alike: equal logits, equal p and q
-        x = draw(q, samples, generator)                                                  # (N, K)
-        rewards = (p.gather(-1, x) > q.gather(-1, x)).float()
-        advantage = rewards - (BASELINES[baseline] if isinstance(baseline, str) else baseline)(rewards, p, q)
-        if whiten:
-            advantage = advantage / rewards.std(correction=0).clamp(min=floor)
+        advantage = (rewards - baseline(rewards, p, q, mu)) / (sigma if whiten else 1)
         value = 1 - (p.gather(-1, x) / q.gather(-1, x)).clamp(max=1).mean(-1)            # E_q[min(1, p/q)] is the acceptance
-    surrogate = -(advantage * log_q.gather(-1, x)).mean(-1)
+    surrogate = -(advantage * draft_log_q(draft_logits).gather(-1, x)).mean(-1)
     return value + surrogate - surrogate.detach()                                        # this value, that gradient
 
 
-def tvd_plus_plus_sampled(draft_logits, target_logits, samples=1, baseline="batch", whiten=True, generator=None):
+def tvd_plus_plus_sampled(draft_logits, target_logits, samples=1, baseline="batch", whiten=True, generator=None, coins=None, mu=None, sigma=None):
     """TVD++ as published: advantages (r - mu) / sigma with the batch's own mean and deviation of the sampled rewards."""
-    return tvd_sampled(draft_logits, target_logits, samples, baseline, whiten, generator)
+    return tvd_sampled(draft_logits, target_logits, samples, baseline, whiten, generator, coins, mu, sigma)
 
 
-LOSSES = {"kld": kld, "rkld": rkld, "jsd": jsd, "tvd": tvd, "tvd++": tvd_plus_plus, "nla": nla, "lk": lk,
-          "tvd-sampled": tvd_sampled, "tvd++-sampled": tvd_plus_plus_sampled}
+LOSSES = {"kld": kld, "rkld": rkld, "jsd": jsd, "tvd": tvd, "tvd++": tvd_plus_plus, "tvd++-position": tvd_plus_plus_position,
+          "nla": nla, "lk": lk, "tvd-sampled": tvd_sampled, "tvd++-sampled": tvd_plus_plus_sampled}
+
+
+# ---- One batch, cut into pieces --------------------------------------------------------------------------------------
+
+def begin_step(rewards, baseline=None):
+    """mu and sigma of one optimiser step from all its rewards; a baseline with a memory is told."""
+    mu, sigma = mean_and_deviation(rewards)
+    if isinstance(baseline, RunningMean):
+        baseline.begin_step(mu)
+    return mu, sigma
+
+
+def step_options(loss, pieces, logits):
+    """What `loss` must know of its whole batch to be given it in pieces: keyword options (a dict) for each piece.
+
+    pieces: pairs of tensors, one row a position; logits(*piece) -> draft and target logits (n, V) of a piece. A loss that
+    takes mu= or sigma= gets that of the rewards over all pieces, for which these are gone through once without
+    gradients. One that takes coins= too gets its rewards sampled, with coins tossed once for all. Other losses get nothing.
+    """
+    takes, options, baseline = inspect.signature(loss).parameters, [{} for _ in pieces], None
+    if "mu" not in takes and "sigma" not in takes:
+        return options
+    if "coins" in takes:
+        sizes, baseline = [len(rows) for rows, _ in pieces], takes["baseline"].default
+        coins = toss(sum(sizes), takes["samples"].default, takes["generator"].default)
+        options = [{"coins": share} for share in coins.split(sizes)]
+    with torch.no_grad():
+        rewards = [sampled_rewards(*logits(*piece), **known)[1] if known else expected_reward(*logits(*piece))
+                   for piece, known in zip(pieces, options)]
+    mu, sigma = begin_step(torch.cat(rewards), BASELINES[baseline] if isinstance(baseline, str) else baseline)
+    known_of_all = {name: value for name, value in (("mu", mu), ("sigma", sigma)) if name in takes}
+    return [known | known_of_all for known in options]
 
 
 # ---- Choosing a loss, one's own included -----------------------------------------------------------------------------
@@ -377,10 +485,10 @@ def main():
                                     ("expected reward", "expected", False), ("least variance", "least-variance", False),
                                     ("running mean (settled)", mu.mean(), False), ("leave one out", "leave-one-out", False)]:
             # One sample is enumerated: the batch's mean is taken as its expectation there, the limit of a large batch.
-            constant = {"none": 0.0, "batch": mu.mean(), "expected": mu, "least-variance": least_variance(None, p, q)}.get(name, name)
+            constant = {"none": 0.0, "batch": mu.mean(), "expected": mu, "least-variance": least_variance(None, p, q, None)}.get(name, name)
             sigma = (mu.mean() * (1 - mu.mean())).sqrt() if whiten else 1.0
             one = (float("nan"), float("nan")) if name == "leave-one-out" else exact_noise(p, q, constant)
-            function = BASELINES[name] if isinstance(name, str) else lambda rewards, p, q: name.float()
+            function = BASELINES[name] if isinstance(name, str) else lambda rewards, p, q, mu: name.float()
             more = [measured_noise(p, q, samples, function, whiten, seed=args.seed) for samples in (4, 16)]
             table[label, level] = [one[0], more[0][0], more[1][0]]
             print(f"{label:40} {one[0]:15.2f} {more[0][0]:11.2f} {more[1][0]:11.2f}   {one[1] / float(sigma) ** 2:19.4f} "

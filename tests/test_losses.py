@@ -27,7 +27,10 @@ MU = (Q * R).sum(-1).mean()
 SIGMA = np.sqrt(MU * (1 - MU))
 TVD, KLD = np.abs(P - Q).sum(-1) / 2, (P * np.log(P / Q)).sum(-1)
 OVERLAP = np.minimum(P, Q).sum(-1)
-VALUES = {"kld": KLD, "rkld": (Q * np.log(Q / P)).sum(-1), "tvd": TVD, "tvd++": TVD / SIGMA, "nla": -np.log(OVERLAP),
+POSITION = (Q * R).sum(-1)
+POSITION_SIGMA = np.sqrt(POSITION * (1 - POSITION))
+VALUES = {"kld": KLD, "rkld": (Q * np.log(Q / P)).sum(-1), "tvd": TVD, "tvd++": TVD / SIGMA,
+          "tvd++-position": TVD / POSITION_SIGMA, "nla": -np.log(OVERLAP),
           "jsd": ((P * np.log(P / M)).sum(-1) + (Q * np.log(Q / M)).sum(-1)) / 2,
           "lk": np.exp(-3 * OVERLAP) * KLD + (1 - np.exp(-3 * OVERLAP)) * TVD}
 
@@ -40,7 +43,7 @@ def centred(f):
 TVD_GRADIENT = Q * ((Q * R).sum(-1, keepdims=True) - R)
 LAMBDA = np.exp(-3 * OVERLAP)[:, None]
 GRADIENTS = {"kld": Q - P, "rkld": centred(np.log(Q / P)), "jsd": centred(np.log(Q / M)) / 2, "tvd": TVD_GRADIENT,
-             "tvd++": TVD_GRADIENT / SIGMA, "nla": TVD_GRADIENT / OVERLAP[:, None], "lk": LAMBDA * (Q - P) + (1 - LAMBDA) * TVD_GRADIENT}
+             "tvd++": TVD_GRADIENT / SIGMA, "tvd++-position": TVD_GRADIENT / POSITION_SIGMA[:, None], "nla": TVD_GRADIENT / OVERLAP[:, None], "lk": LAMBDA * (Q - P) + (1 - LAMBDA) * TVD_GRADIENT}
 
 
 def gradient(loss, draft, target, **options):
@@ -94,11 +97,96 @@ def test_the_policy_gradient_enumerated_over_the_vocabulary(baseline):
     np.testing.assert_allclose(gradient(losses.tvd_plus_plus, DRAFT, TARGET), plus_plus, rtol=1e-4, atol=1e-7)
 
 
-def test_tvd_plus_plus_takes_one_sigma_for_all_pieces_of_a_batch():
-    mu, sigma = losses.reward_mean_and_deviation(DRAFT, TARGET)
-    np.testing.assert_allclose([mu, sigma], [MU, SIGMA], rtol=1e-5)
-    pieces = torch.cat([losses.tvd_plus_plus(DRAFT[:2], TARGET[:2], sigma), losses.tvd_plus_plus(DRAFT[2:], TARGET[2:], sigma)])
-    torch.testing.assert_close(pieces, losses.tvd_plus_plus(DRAFT, TARGET))
+def plain_kl_and_tvd(draft, target):
+    """The two distances by the operations that automatic differentiation knows."""
+    log_q, log_p = draft.log_softmax(-1).clamp(min=-100), target.log_softmax(-1).clamp(min=-100)
+    return (log_p.exp() * (log_p - log_q)).sum(-1), torch.relu(target.softmax(-1) - draft.softmax(-1)).sum(-1)
+
+
+@pytest.mark.parametrize("with_kl", [True, False])
+@pytest.mark.parametrize("case", ["spread", "peaked", "one token", "outside the draft vocabulary", "nearly equal"])
+def test_the_written_gradient_equals_the_automatic_one_whatever_comes_in_and_however_often(case, with_kl):
+    generator = torch.Generator().manual_seed(7)
+    size = 1 if case == "one token" else 300
+    draft, target = (torch.randn(40, size, generator=generator, dtype=torch.float64) * (12 if case == "peaked" else 2) for _ in range(2))
+    if case == "nearly equal":
+        draft = target + 1e-3 * draft
+    if case == "outside the draft vocabulary":
+        draft[:, ::7] = -torch.inf
+        draft[:5, 1::7] = -150                        # not impossible, but under the floor
+    ours, theirs = draft.clone().requires_grad_(), draft.clone().requires_grad_()
+    written, automatic = losses.KLAndTVD.apply(ours, target, with_kl), plain_kl_and_tvd(theirs, target)
+    for which in ((0, 1), (0,), (1,)) if with_kl else ((1,),):
+        for _ in range(2):                            # a second backward finds what the first one saved
+            incoming = [torch.randn(40, generator=generator, dtype=torch.float64) for _ in which]
+            grad, = torch.autograd.grad([written[i] for i in which], ours, incoming, retain_graph=True)
+            expected, = torch.autograd.grad([automatic[i] for i in which], theirs, incoming, retain_graph=True)
+            torch.testing.assert_close(grad, expected, rtol=1e-9, atol=1e-12)
+    for i in (0, 1) if with_kl else (1,):
+        torch.testing.assert_close(written[i], automatic[i], rtol=1e-9, atol=1e-12)
+    # In single precision, which training uses, to 1e-6.
+    single = draft.float().requires_grad_()
+    grad, = torch.autograd.grad([part.sum() for part in losses.KLAndTVD.apply(single, target.float(), True)], single)
+    expected, = torch.autograd.grad([part.sum() for part in plain_kl_and_tvd(theirs, target)], theirs)
+    assert (grad - expected).abs().max() < 1e-6
+
+
+def in_pieces(loss, chunk, draft, target):
+    """Value and gradient of the mean loss over the batch, `chunk` positions at a time."""
+    draft = draft.clone().requires_grad_()
+    pieces = list(zip(draft.split(chunk), target.split(chunk)))
+    total = 0.0
+    for piece, options in zip(pieces, losses.step_options(loss, pieces, lambda *piece: piece)):
+        part = loss(*piece, **options).sum() / len(draft)
+        part.backward()
+        total += part.item()
+    return total, draft.grad
+
+
+EVERY_LOSS = {**{name: {} for name in losses.LOSSES}, **{f"tvd-sampled, {name}": {"baseline": name, "samples": 2} for name in losses.BASELINES},
+              **{f"tvd++-sampled, {name}": {"baseline": name, "samples": 3} for name in losses.BASELINES}}
+
+
+@pytest.mark.parametrize("name", EVERY_LOSS)
+def test_the_batch_is_the_optimisers_step_however_it_is_cut(name):
+    N = 37
+    generator = torch.Generator().manual_seed(11)
+    steps = [[3 * torch.randn(N, 13, generator=generator) for _ in range(2)] for _ in range(3)]
+    found = {}
+    for chunk in (N, 1, 7, N + 1):
+        loss = losses.choose(name.split(",")[0], generator=torch.Generator().manual_seed(2), **EVERY_LOSS[name])
+        found[chunk] = [in_pieces(loss, chunk, *step) for step in steps]       # several steps: the running mean has a memory
+    loss = losses.choose(name.split(",")[0], generator=torch.Generator().manual_seed(2), **EVERY_LOSS[name])
+    whole = []
+    for draft, target in steps:                                                # without step_options: all positions at once
+        draft = draft.clone().requires_grad_()
+        value = loss(draft, target).mean()
+        value.backward()
+        whole.append((value.item(), draft.grad))
+    for chunk, results in found.items():
+        for (value, grad), (expected_value, expected_grad) in zip(results, whole):
+            assert value == pytest.approx(expected_value, rel=1e-5)
+            torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-7)
+
+
+def test_a_loss_of_ones_own_gets_the_steps_mu_and_sigma_too():
+    def mine(draft_logits, target_logits, sigma=None):
+        return losses.tvd(draft_logits, target_logits) * sigma
+
+    assert in_pieces(mine, 2, DRAFT, TARGET)[0] == pytest.approx(TVD.mean() * SIGMA, rel=1e-5)
+
+    def ours(draft_logits, target_logits, mu=None, sigma=None):
+        return losses.tvd(draft_logits, target_logits) * (1 if sigma is None else sigma) + (0 if mu is None else mu)
+
+    assert in_pieces(ours, 2, DRAFT, TARGET)[0] == pytest.approx(TVD.mean() * SIGMA + MU, rel=1e-5)
+
+
+def test_mu_and_sigma_of_the_expected_rewards():
+    rewards = losses.expected_reward(DRAFT, TARGET)
+    np.testing.assert_allclose(rewards, POSITION, rtol=1e-5)
+    np.testing.assert_allclose(losses.mean_and_deviation(rewards), [MU, SIGMA], rtol=1e-5)
+    ones = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0])                             # sampled rewards: their own deviation is the same number
+    assert losses.mean_and_deviation(ones)[1].item() == pytest.approx(ones.std(correction=0).item())
 
 
 ONE_HOT, FLAT = torch.tensor([[1e4, -1e4, 0.0, 5.0]]), torch.zeros(1, 4)
@@ -123,8 +211,10 @@ def test_implied_tau():
 
 # ---- The sampled form -------------------------------------------------------------------------------------------------
 
-UNBIASED = {"none": losses.no_baseline, "expected": losses.expected_reward, "least-variance": losses.least_variance,
-            "running": lambda *_: losses.RunningMean()(torch.ones(1), None, None), "constant": lambda *_: 0.37}
+settled = losses.RunningMean(decay=1.0)           # enumeration needs a mean that stays where it is
+settled.mean = settled.after = 0.6
+UNBIASED = {"none": losses.no_baseline, "expected": losses.expected_at_position, "least-variance": losses.least_variance,
+            "running": settled, "constant": lambda *_: 0.37}
 
 
 def enumerated_mean(monkeypatch, rows, samples, loss=losses.tvd_sampled, **options):
@@ -175,10 +265,10 @@ def test_dividing_by_the_deviation_of_the_same_batch_turns_the_gradient(monkeypa
 
 def test_no_constant_has_less_variance_than_the_least_variance_baseline():
     p, q = losses.example(0.6, positions=4, vocab=12)
-    best = losses.exact_noise(p, q, losses.least_variance(None, p, q))[1]
+    best = losses.exact_noise(p, q, losses.least_variance(None, p, q, None))[1]
     for constant in torch.linspace(-0.5, 1.5, 81):
         assert losses.exact_noise(p, q, constant)[1] >= best
-    assert losses.exact_noise(p, q, losses.least_variance(None, p, q) + 0.01)[1] > best
+    assert losses.exact_noise(p, q, losses.least_variance(None, p, q, None) + 0.01)[1] > best
 
 
 def test_examples_have_the_overlap_asked_for_and_noise_falls_as_one_over_the_samples():
@@ -186,25 +276,28 @@ def test_examples_have_the_overlap_asked_for_and_noise_falls_as_one_over_the_sam
     torch.testing.assert_close(torch.minimum(p, q).sum(-1), torch.full((32,), 0.7, dtype=torch.float64), rtol=1e-9, atol=0)
     torch.testing.assert_close(q.sum(-1), torch.ones(32, dtype=torch.float64))
     for baseline in ("none", "expected"):
-        one = losses.exact_noise(p, q, 0.0 if baseline == "none" else losses.expected_reward(None, p, q))
+        one = losses.exact_noise(p, q, 0.0 if baseline == "none" else losses.expected_at_position(None, p, q, None))
         four = losses.measured_noise(p, q, 4, baseline, False, repeats=1500)
         assert four[0] == pytest.approx(one[0] / 4, rel=0.05) and four[1] == pytest.approx(one[1] / 4, rel=0.05)
 
 
 def test_tokens_are_drawn_from_q_and_the_value_estimates_tvd():
     generator = torch.Generator().manual_seed(0)
-    x = losses.draw(torch.tensor(Q), 20000, generator)
+    x = losses.draw(torch.tensor(Q), losses.toss(len(Q), 20000, generator))
     share = torch.stack([row.bincount(minlength=9) for row in x]) / 20000
     assert (share - torch.tensor(Q)).abs().max() < 0.015
     value = losses.tvd_sampled(DRAFT, TARGET, samples=20000, generator=generator)
     np.testing.assert_allclose(value, TVD, atol=0.015)
     zero = torch.tensor([[0.5, 0.0, 0.5, 0.0]])
-    assert set(losses.draw(zero, 5000, generator).unique().tolist()) == {0, 2}
+    assert set(losses.draw(zero, losses.toss(1, 5000, generator)).unique().tolist()) == {0, 2}
 
 
 def test_the_running_mean_forgets_and_each_training_has_its_own():
-    baseline = losses.RunningMean(0.5)
-    assert [baseline(torch.ones(3), None, None) for _ in range(3)] == [0.0, 0.5, 0.75]
+    baseline, means = losses.RunningMean(0.5), []
+    for _ in range(3):
+        baseline.begin_step(torch.tensor(1.0))
+        means += [baseline(None, None, None, None) for _ in range(2)]          # twice a step: a batch in two pieces
+    assert means == [0.0, 0.0, 0.5, 0.5, 0.75, 0.75]
     one, other = (losses.choose("tvd-sampled", baseline="running") for _ in range(2))
     assert one.keywords["baseline"] is not other.keywords["baseline"]
 
