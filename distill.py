@@ -35,75 +35,26 @@ from data import files, report, tokenizer
 # ---- Stage 2: the target writes --------------------------------------------------------------------------------------
 
 @torch.inference_mode()
-def generate_batch(target, prompts, temperatures, top_p, max_new_tokens, stop_ids, generator, batch_size):
-    """Sample one answer to each prompt, `batch_size` at a time; yields (number, response_ids, ended) as answers end.
+def generate_batch(target, prompts, temperatures, top_p, max_new_tokens, stop_ids, generator):
+    """Sample one answer to each prompt, all together; yields (row, response_ids, ended, states) as answers end.
 
-    prompts: lists of ids, of any lengths. temperatures: one a prompt. ended: whether a stop token came (it is not in
-    response_ids) before max_new_tokens.
-
-    A row whose answer has ended takes the next prompt, so that no row waits for the longest answer: the prompt goes
-    into the columns to the left of the one that all rows are at, and cache.start says where it begins.
+    prompts: lists of ids. temperatures: one a prompt. ended: whether a stop token came (it is not in response_ids)
+    before max_new_tokens. states (N, D), half precision: the last hidden states that the answer's N tokens, and the
+    stop token, were drawn from.
     """
-    if not prompts:
-        return
-    device, dtype, config = target.embed_tokens.weight.device, target.embed_tokens.weight.dtype, target.config
-    waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))          # the longest first: popped from the end
-    widest, batch_size = len(prompts[waiting[-1]]), min(batch_size, len(prompts))
-    cache = model.KVCache(config, batch_size, widest + max_new_tokens + 64, device, dtype)
-    cache.start = torch.full((batch_size,), widest, device=device)
-    cache.length = widest                         # so the longest prompt fits to the left, and the later ones, too
-    # What all prompts begin with (the chat template's system message, say) is read once and copied.
-    shared = os.path.commonprefix([prompt[:-1] for prompt in prompts])
-    prefix = model.KVCache(config, 1, len(shared), device, dtype)
-    if shared:
-        target.hidden(torch.tensor([shared], device=device), prefix)
-    rows = [None] * batch_size                    # rows[i]: the number of the prompt that row i answers; None: free
-    answers = [[] for _ in prompts]
-    tokens = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)         # what each row reads next
-    heat = torch.ones(batch_size, device=device)
-    while True:
-        free = [i for i, row in enumerate(rows) if row is None]
-        if waiting and len(free) >= batch_size / 32:                              # some at a time: one pass reads them
-            free = free[:min(32, len(waiting))]   # neighbours in `waiting` are of like length: little of what is read is padding
-            for i in free:
-                rows[i] = waiting.pop()
-            # All but the last token of each prompt: that one is what the row reads next, like any other token.
-            heads = [prompts[rows[i]][:-1] for i in free]
-            width = max(map(len, heads))
-            columns = slice(cache.length - width, cache.length)
-            at = torch.tensor(free, device=device)
-            lengths = torch.tensor([len(head) for head in heads], device=device)
-            if width > len(shared):
-                reader = model.KVCache(config, len(free), width, device, dtype)
-                reader.start = width - lengths
-                for mine, theirs in zip((*reader.k, *reader.v), (*prefix.k, *prefix.v)):
-                    for i, head in enumerate(heads):
-                        begin = width - len(head)
-                        mine[i, :, begin:begin + len(shared)] = theirs[0]
-                reader.length = len(shared)       # shorter rows read some of the prefix again: the same keys and values
-                target.hidden(torch.tensor([([0] * width + head)[len(shared) - width:] for head in heads], device=device), reader)
-            else:
-                reader = prefix
-            for mine, theirs in zip((*cache.k, *cache.v), (*reader.k, *reader.v)):
-                mine[at, :, columns] = theirs
-            cache.start[at] = cache.length - lengths
-            tokens[at, 0] = torch.tensor([prompts[rows[i]][-1] for i in free], device=device)
-            heat[at] = torch.tensor([float(temperatures[rows[i]]) for i in free], device=device)
-            continue                              # there may be more to fill
-        if len(free) == len(rows):
-            return
-        if not waiting and len(free) >= len(rows) / 8:
-            # Nothing left to take: a free row costs as much as a live one, but leaving copies the cache.
-            keep = torch.tensor([i for i, row in enumerate(rows) if row is not None], device=device)
-            cache.keep(keep)
-            tokens, heat, rows = tokens[keep], heat[keep], [row for row in rows if row is not None]
-        # Columns that no answer needs any more, and no prompt that waits will, are attended to in vain: forget them now and then.
-        live = torch.tensor([i for i, row in enumerate(rows) if row is not None], device=device)
-        unused = min(int(cache.start[live].min()), cache.length - max([0] + [len(prompts[i]) for i in waiting[-1:]]))
-        if unused > cache.length / 8 or cache.length == cache.max_len:
-            cache.forget_columns(unused)
-        logits = target.head(target.hidden(tokens, cache)[:, -1])                                  # (B, V)
-        p, ids = model.nucleus(model.tempered(logits, heat), top_p)
+    device, dtype = target.embed_tokens.weight.device, target.embed_tokens.weight.dtype
+    rows, lengths = list(range(len(prompts))), torch.tensor([len(prompt) for prompt in prompts], device=device)
+    width, answers = int(lengths.max()), [[] for _ in prompts]
+    # Prompts are padded on the left, so that all rows write their next token into the same column.
+    tokens = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+    cache = model.KVCache(target.config, len(prompts), width + max_new_tokens, device, dtype)
+    cache.start = width - lengths
+    states = torch.empty(len(prompts), max_new_tokens, target.config.hidden_size, dtype=torch.float16, device=device)
+    temperatures = torch.tensor([float(t) for t in temperatures], device=device)
+    for step in range(max_new_tokens):
+        hidden = target.hidden(tokens, cache)[:, -1]                                               # (B, D)
+        states[:, step] = hidden
+        p, ids = model.nucleus(model.tempered(target.head(hidden), temperatures), top_p)
         tokens = ids.gather(1, model.sample(p, generator)[:, None])                                # (B, 1)
         for i, token in enumerate(tokens[:, 0].tolist()):
             if rows[i] is None:
@@ -111,9 +62,26 @@ def generate_batch(target, prompts, temperatures, top_p, max_new_tokens, stop_id
             ended = token in stop_ids
             if not ended:
                 answers[rows[i]].append(token)
-            if ended or len(answers[rows[i]]) == max_new_tokens:
-                yield rows[i], answers[rows[i]], ended
+            if ended or step == max_new_tokens - 1:
+                yield rows[i], answers[rows[i]], ended, states[i, :step + 1]
                 rows[i] = None
+        if rows.count(None) >= len(rows) / 8:     # finished rows leave, some at a time: leaving copies the cache
+            keep = torch.tensor([i for i, row in enumerate(rows) if row is not None], dtype=torch.int64, device=device)
+            if not len(keep):
+                return
+            cache.keep(keep)
+            tokens, temperatures, states = tokens[keep], temperatures[keep], states[keep]
+            rows = [row for row in rows if row is not None]
+
+
+def answer_prompts(target, prompts, temperatures, top_p, max_new_tokens, stop_ids, generator, batch_size):
+    """generate_batch for any number of prompts, `batch_size` of like length at a time; the row is the prompt's number."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for at in range(0, len(order), batch_size):
+        batch = order[at:at + batch_size]
+        for row, *answer in generate_batch(target, [prompts[i] for i in batch], [temperatures[i] for i in batch], top_p,
+                                           max_new_tokens, stop_ids, generator):
+            yield batch[row], *answer
 
 
 def self_instruct(target, tok, count, out, args, generator):
@@ -144,9 +112,9 @@ def self_instruct(target, tok, count, out, args, generator):
             chosen = [openings[(tried + i) % len(openings)] for i in range(count - len(kept) + 8)]
             tried += len(chosen)
             starts = [tok.encode(opening["opening"]) for opening in chosen]
-            written = generate_batch(target, [turn + start for start in starts], [args.instruction_temperature] * len(chosen),
+            written = answer_prompts(target, [turn + start for start in starts], [args.instruction_temperature] * len(chosen),
                                      args.top_p, args.max_instruction_tokens, tok.eos_ids, generator, args.batch_size)
-            for row, ids, ended in written:
+            for row, ids, ended, _ in written:
                 text = tok.decode(starts[row] + ids).strip()
                 key = " ".join(text.lower().split())
                 reason = ("over-long" if not ended else "empty" if len(key.split()) < 3 else
@@ -211,12 +179,16 @@ def generate(args):
     missing = [item for item in items if item["id"] not in done]
     print(f"{len(items)} answers wanted, {len(items) - len(missing)} already in {args.out}")
     generator.manual_seed(args.seed + len(done))
+    states = TargetStates(target, args.target, dtype) if args.keep_states else None
     progress, count, new_tokens, begin = files.Progress(len(missing), "records"), 0, 0, time.monotonic()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with open(args.out, "a", encoding="utf-8") as file:
-        for number, ids, ended in generate_batch(target, [item["prompt_ids"] for item in missing], [item["temperature"] for item in missing],
-                                                 args.top_p, args.max_new_tokens, stop_ids, generator, args.batch_size):
+        for number, ids, ended, hidden in answer_prompts(target, [item["prompt_ids"] for item in missing], [item["temperature"] for item in missing],
+                                                  args.top_p, args.max_new_tokens, stop_ids, generator, args.batch_size):
             item = missing[number]
+            if states:
+                example = train.Example(item["prompt_ids"] + ids + ([tok.eos_id] if ended else []), len(item["prompt_ids"]))
+                states.add([example], hidden)
             record = {"id": item["id"], "task": item["task"], "messages": item["messages"], "response": tok.decode(ids),
                       "response_ids": ids, "temperature": item["temperature"], "ended": ended}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -231,66 +203,60 @@ def generate(args):
 # ---- Stage 3: align the drafter --------------------------------------------------------------------------------------
 
 class TargetStates:
-    """The target's last hidden states at all answer positions, computed the first time they are asked for.
+    """The target's last hidden states at the answers' positions, computed when they are first asked for.
 
     p = softmax(head(state)), so a state of 576 half-precision numbers stands for a distribution over 49,152: after
-    the first pass over the data the target costs only its head. Kept on disk under the cache folder, in a file named
-    after the target's weights, to which records are only ever added: a run with more records computes the new ones.
-    Each record's states follow its name, which is checked before they are trusted; the index beside the file says where.
+    the first pass over the data the target costs only its head. Kept on disk under the cache folder, in a folder named
+    after all that decides them: the target's weights, its config.json, and the dtype. Each run appends the records that
+    it computes to a file of its own: their name, their count of positions, their states. What a killed run left half
+    written at its file's end is not read.
     """
 
-    def __init__(self, target, folder, examples, dtype):
-        self.target, self.width, self.dtype = target, target.config.hidden_size, dtype
-        with open(next(Path(folder).glob("*.safetensors")), "rb") as weights:
-            key = hashlib.file_digest(weights, "sha256")
-        key.update(str(dtype).encode())                  # with bfloat16 the states carry its rounding
-        path = files.cache_dir("target-states") / key.hexdigest()[:20]
-        # Unbuffered, in append mode: two runs may write to the same files.
-        self.file, self.index = (open(f"{path}.{name}", "a+b", buffering=0) for name in ("states", "index"))
-        self.index.seek(0)
-        content = self.index.read()
-        if len(content) % 24:                            # an entry is 16 bytes of name and 8 of place; a kill may have left part of one
-            self.index.truncate(len(content) // 24 * 24)
-        self.at = {content[i:i + 16]: int.from_bytes(content[i + 16:i + 24], "little") for i in range(0, len(content) // 24 * 24, 24)}
-        size = self.file.seek(0, os.SEEK_END)
-        for e in examples:                               # the states may be gone, or cut short, where the index is not
-            if (name := self.name(e)) in self.at:
-                self.file.seek(self.at[name])
-                if self.file.read(16) != name or self.at[name] + 16 + e.count * self.width * 2 > size:
-                    del self.at[name]
-        there = sum(self.name(e) in self.at for e in examples)
-        print(f"target states: {there} of {len(examples)} records in the cache, {sum(e.count for e in examples) * self.width * 2 / 1e6:.0f} MB for all")
+    def __init__(self, target, folder, dtype):
+        self.target, self.width, self.dtype, self.own = target, target.config.hidden_size, dtype, None
+        key = hashlib.sha256(str(dtype).encode())                # with bfloat16 the states carry its rounding
+        for path in [Path(folder) / "config.json", *sorted(Path(folder).glob("*.safetensors"))]:
+            with open(path, "rb") as content:
+                key.update(hashlib.file_digest(content, "sha256").digest())
+        self.folder, self.place = files.cache_dir("target-states", key.hexdigest()[:20]), {}       # name -> (file, offset)
+        for path in self.folder.iterdir():
+            file, at, size = open(path, "rb", buffering=0), 0, path.stat().st_size
+            while at + 24 <= size:
+                file.seek(at)
+                name, count = file.read(16), int.from_bytes(file.read(8), "little")
+                at += 24 + count * self.width * 2
+                if at <= size:
+                    self.place[name] = file, at - count * self.width * 2
 
     @staticmethod
     def name(example):
         """16 bytes that tell this record from any other."""
         return hashlib.blake2b(json.dumps([example.tokens, example.first]).encode(), digest_size=16).digest()
 
+    def add(self, examples, states):
+        """Append the states (N, D) at the positions of these examples."""
+        if self.own is None:
+            self.own = open(self.folder / f"{time.time_ns()}-{os.getpid()}", "x+b", buffering=0)
+        for e, part in zip(examples, states.half().cpu().split([e.count for e in examples])):
+            block = self.name(e) + e.count.to_bytes(8, "little") + part.numpy().tobytes()
+            at = self.own.seek(0, os.SEEK_END)
+            if self.own.write(block) != len(block):
+                raise OSError(f"{self.own.name}: the disk is full; make room and go on with --resume")
+            self.place[self.name(e)] = self.own, at + 24
+
     def read(self, batch, device):
         """States (N, D) at the answer positions of these examples, in their order."""
-        if missing := [e for e in batch if self.name(e) not in self.at]:
+        if missing := [e for e in batch if self.name(e) not in self.place]:
             tokens, where = train.collate(missing, device)
             with torch.no_grad(), torch.autocast(torch.device(device).type, self.dtype, enabled=self.dtype != torch.float32):
-                states = self.target.hidden(tokens)[where].half().cpu().numpy()
-            parts = np.split(states, np.cumsum([e.count for e in missing])[:-1])
-            self.append(self.file, block := b"".join(self.name(e) + part.tobytes() for e, part in zip(missing, parts)))
-            at = self.file.tell() - len(block)
-            for e in missing:
-                self.at[self.name(e)] = at
-                at += 16 + e.count * self.width * 2
-            self.append(self.index, b"".join(self.name(e) + self.at[self.name(e)].to_bytes(8, "little") for e in missing))
+                self.add(missing, self.target.hidden(tokens)[where])
         stored, begin = np.empty((sum(e.count for e in batch), self.width), np.float16), 0
         for e in batch:
-            self.file.seek(self.at[self.name(e)] + 16)
-            self.file.readinto(stored[begin:begin + e.count].data)
+            file, at = self.place[self.name(e)]
+            file.seek(at)
+            file.readinto(stored[begin:begin + e.count].data)
             begin += e.count
         return torch.from_numpy(stored).to(device, self.target.embed_tokens.weight.dtype)
-
-    @staticmethod
-    def append(file, content):
-        """All of it or an error: a full disk takes a part and says so only by the count."""
-        if file.write(content) != len(content):
-            raise OSError(f"{file.name}: the disk is full; make room and go on with --resume")
 
 
 def draft_vocabulary(examples, size, tok):
@@ -331,17 +297,20 @@ def distillation_backward(draft, target, states, batch, loss_function, scale, ch
     target_head = target.head_weight(ids)                                               # (K, D of the target)
     draft_head = draft.head_weight(ids)                                                 # (K, D of the drafter)
     head = draft_head.detach().requires_grad_()   # a leaf: its gradient gathers over the chunks, then goes on once
+
+    def logits(rows, target_rows):
+        return F.linear(rows, head), F.linear(target_rows, target_head)                 # (n, K) and (n, K)
+
+    pieces = list(zip(hidden.detach().split(chunk), target_states.split(chunk)))
     total, alpha, gradients, count = 0.0, 0.0, [], len(hidden)
-    for rows, target_rows in zip(hidden.detach().split(chunk), target_states.split(chunk)):
-        rows = rows.detach().requires_grad_()
-        draft_logits = F.linear(rows, head)                                             # (n, K)
-        with torch.no_grad():
-            target_logits = F.linear(target_rows, target_head)
-            alpha += losses.overlap(draft_logits, target_logits).sum().item() / count
-        loss = loss_function(draft_logits, target_logits).sum() / count
+    for (rows, target_rows), options in zip(pieces, losses.step_options(loss_function, pieces, logits)):
+        rows.requires_grad_()
+        draft_logits, target_logits = logits(rows, target_rows)
+        loss = loss_function(draft_logits, target_logits, **options).sum() / count
         (scale * loss).backward()
         gradients.append(rows.grad)
         total += loss.item()
+        alpha += losses.overlap(draft_logits.detach(), target_logits).sum().item() / count
     torch.autograd.backward([hidden, draft_head], [torch.cat(gradients), head.grad])
     return total, alpha
 
@@ -384,7 +353,7 @@ def finetune(args):
         raise ValueError(f"draft vocabulary {draft.config.vocab_size} does not match target vocabulary "
                          f"{target.config.vocab_size}: a drafter must share its target's tokenizer")
     examples = train.read_examples(args.data, tok, args.context)
-    states = TargetStates(target, args.target, examples, dtype)
+    states = TargetStates(target, args.target, dtype)
     training, held_out = train.hold_out(examples, args.eval_records)
     if args.draft_vocabulary:
         draft.draft_vocabulary = draft_vocabulary(training, min(args.draft_vocabulary, draft.config.vocab_size), tok).to(device)
@@ -399,7 +368,7 @@ def finetune(args):
     optimiser = train.make_optimiser(draft, args.learning_rate, args.weight_decay)
     settings = {name: getattr(args, name) for name in ("loss", "samples", "baseline", "steps", "batch_size", "learning_rate", "warm_up", "weight_decay",
                 "context", "chunk", "seed", "dtype", "pretrain_context", "eval_records", "draft_vocabulary")} | {
-                "share": share, "records": f"{len(examples)} records, {examples[-1].offset} positions", **dataclasses.asdict(draft.config)}
+                "share": share, "records": f"{len(examples)} records, {sum(e.count for e in examples)} positions", **dataclasses.asdict(draft.config)}
     step, seconds, positions, out = 0, 0.0, 0, args.out
     memory = getattr(loss_function, "keywords", {}).get("baseline")
     memory = vars(memory) if isinstance(memory, losses.RunningMean) else {}              # what a baseline remembers of earlier steps
@@ -514,7 +483,7 @@ def compare(args):
             files.write_jsonl(out / "part.jsonl", [row for row in rows if row["task"] == task])
             with contextlib.redirect_stdout(io.StringIO()):
                 examples = train.read_examples(out / "part.jsonl", tok, 512)
-                sets[split, task] = examples, TargetStates(target, args.target, examples, torch.float32)
+                sets[split, task] = examples, TargetStates(target, args.target, torch.float32)
     tasks = [task for split, task in sets if split == "test"]
     tune_on = sets["dev", tasks[0]]               # the first task: what is kept out of training is kept out of tuning, too
 
@@ -531,7 +500,7 @@ def compare(args):
         """Analytic alpha at temperature 1 and greedy tau at each gamma, by task."""
         row = {}
         for task in tasks:
-            row[f"alpha, {task}"] = acceptance(draft, target, sets["test", task][1], sets["test", task][0], 4096, device)
+            row[f"alpha, {task}"] = acceptance(draft, target, sets["test", task][1], sets["test", task][0], 256, device)
             chosen = [p for p in files.read_prompts(args.test) if p["task"] == task][:args.prompts]
             for gamma in args.gamma:
                 made = [speculate.speculative_generate(target, draft, torch.tensor([tok.chat_prompt(p["messages"])], device=device),
@@ -545,7 +514,7 @@ def compare(args):
     for name in args.losses:
         for rate in args.learning_rates:
             draft, log = trained(name, rate, 0)
-            alpha = acceptance(draft, target, tune_on[1], tune_on[0], 4096, device)
+            alpha = acceptance(draft, target, tune_on[1], tune_on[0], 256, device)
             runs.append({"loss": name, "learning_rate": rate, "seed": 0, "dev_alpha": alpha})
             print(f"{name}: learning rate {rate:g}, development alpha {alpha:.4f}", flush=True)
         best[name] = max((run for run in runs if run["loss"] == name), key=lambda run: run["dev_alpha"])["learning_rate"]
@@ -589,6 +558,8 @@ def make_parser():
     sub.add_argument("--max-new-tokens", type=int, default=256, help="tokens an answer at most (default 256)")
     sub.add_argument("--per-prompt", type=int, default=1, metavar="K", help="answers a prompt (default 1)")
     sub.add_argument("--batch-size", type=int, default=96, help="rows decoded together (default 96)")
+    sub.add_argument("--keep-states", action="store_true",
+                     help="keep the target's states for finetune, which then need not be computed again (2 bytes a token and width)")
     sub.add_argument("--openings", type=Path, metavar="FILE", help='--self-instruct: JSON lines of {"task", "opening"}, first words dealt in turn')
     sub.add_argument("--instruction-temperature", type=float, default=0.8)
     sub.add_argument("--max-instruction-tokens", type=int, default=160, help="longer instructions are dropped (default 160)")
@@ -611,8 +582,7 @@ def make_parser():
     sub.add_argument("--weight-decay", type=float, default=0.1)
     sub.add_argument("--clip", type=float, default=1.0, help="largest global norm of the gradient (default 1)")
     sub.add_argument("--context", type=int, default=512, help="tokens of prompt and answer at most (default 512)")
-    sub.add_argument("--chunk", type=int, default=4096,
-                     help="positions whose logits live at once: memory, and the batch that tvd++ normalises over (default 4096)")
+    sub.add_argument("--chunk", type=int, default=256, help="positions whose logits live at once (default 256)")
     sub.add_argument("--draft-vocabulary", type=int, default=0, metavar="K",
                      help="propose only the K tokens that the answers use most: cheaper to train and to draft (default 0: all, or as --draft has it)")
     sub.add_argument("--pretrain-data", type=Path, metavar="D", help="token files of data/pretrain_text.py, mixed in")

@@ -288,15 +288,10 @@ class KVCache:
 
     def keep(self, rows):
         """Keep only these rows (an index tensor): rows that have ended stop costing time."""
-        self.k, self.v = ([kept[rows] for kept in both] for both in (self.k, self.v))
+        for both in (self.k, self.v):
+            for layer, kept in enumerate(both):          # one at a time: two whole caches may not fit
+                both[layer] = kept[rows]
         self.start = self.start[rows] if self.start is not None else None
-
-    def forget_columns(self, count):
-        """Forget the first `count` columns and move the others to the left, to make room."""
-        for kept in (*self.k, *self.v):
-            kept[:, :, :self.length - count] = kept[:, :, count:self.length].clone()
-        self.length -= count
-        self.start = (self.start - count).clamp(min=0)
 
 
 # ---- From logits to a distribution -------------------------------------------------------------

@@ -105,7 +105,6 @@ class Example:
 
     tokens: list
     first: int
-    offset: int       # answer positions before this record's in its file
 
     @property
     def count(self):
@@ -121,7 +120,7 @@ def read_examples(path, tok, context):
     limit the target would have gone on, and the drafter must not learn to stop there. Records with a text alone, such
     as a chat corpus, are encoded here and end.
     """
-    examples, offset, cut = [], 0, 0
+    examples, cut = [], 0
     for number, record in enumerate(files.read_jsonl(path), 1):
         ids, ended, messages = record.get("response_ids"), record.get("ended", True), record.get("messages")
         if ids is None and isinstance(record.get("response"), str):
@@ -135,18 +134,17 @@ def read_examples(path, tok, context):
         tokens = prompt + ids + ([tok.eos_id] if ended else [])
         cut += len(tokens) > context
         if len(prompt) < min(len(tokens), context):
-            examples.append(Example(tokens[:context], len(prompt), offset))
-            offset += examples[-1].count
+            examples.append(Example(tokens[:context], len(prompt)))
     if not examples:
         raise ValueError(f"{path}: no record with an answer that fits into --context {context}")
-    print(f"{path}: {len(examples)} records, {offset:,} answer positions" + (f", {cut} cut at {context} tokens" if cut else ""))
+    print(f"{path}: {len(examples)} records, {sum(e.count for e in examples):,} answer positions" + (f", {cut} cut at {context} tokens" if cut else ""))
     return examples
 
 
 def collate(batch, device):
     """Examples -> tokens (B, T), padded on the right (causal attention never looks there), and where (B, T), True at
     the positions whose next token is the answer's."""
-    width = max(len(e.tokens) for e in batch)
+    width = math.ceil(max(len(e.tokens) for e in batch) / 64) * 64       # few different widths: freed memory fits the next batch
     tokens = torch.tensor([e.tokens + [0] * (width - len(e.tokens)) for e in batch], device=device)
     column = torch.arange(width, device=device)
     first, end = (torch.tensor(x, device=device)[:, None] - 1 for x in zip(*((e.first, len(e.tokens)) for e in batch)))

@@ -290,7 +290,7 @@ def generation(args):
     rates = {}
 
     def ours(batch):
-        made = distill.generate_batch(target, prompts, [0.7] * len(prompts), 0.95, args.max_new_tokens, set(tok.eos_ids),
+        made = distill.answer_prompts(target, prompts, [0.7] * len(prompts), 0.95, args.max_new_tokens, set(tok.eos_ids),
                                       torch.Generator(device).manual_seed(args.seed), batch)
         return sum(len(ids) + ended for _, ids, ended in made)
 
