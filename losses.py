@@ -1,87 +1,203 @@
-"""Distillation losses: how far the drafter's distribution is from the target's, and which distance to follow.
+"""Distillation losses: how far the drafter's distribution is from the target's, and which distance
+to follow.
 
-At one position let p = softmax(target logits) and q = softmax(draft logits). (Goel et al., 2024, arXiv 2403.00858, write
-q for the target and p_theta for the drafter; here, as in the literature on speculative decoding, p is the target and q
-the drafter, everywhere.) A drafted token x ~ q is accepted with probability min(1, p(x) / q(x)), so
+At one position let p = softmax(target logits) and q = softmax(draft logits). (Goel et al., 2024,
+arXiv 2403.00858, write q for the target and p_theta for the drafter; here, as in the literature on
+speculative decoding, p is the target and q the drafter, everywhere.) A drafted token x ~ q is
+accepted with probability min(1, p(x) / q(x)), so
 
     P(accepted) = sum_x q(x) min(1, p(x) / q(x)) = sum_x min(p(x), q(x)) = 1 - TVD(p, q)
 
-What speculative decoding pays for is thus exactly the total variation distance, `tvd`; the others are ways there.
+What speculative decoding pays for is thus exactly the total variation distance, `tvd`; the others
+are ways there. N is the number of positions, V the vocabulary's size.
 
-Write your own in six lines: a function of draft logits (N, V) and target logits (N, V), one row a position, that
-returns the loss of each position (N,). Raise both to float, detach the target, enter it in LOSSES under a name:
+Write your own in six lines: a function of draft logits (N, V) and target logits (N, V), one row a
+position, that returns the loss of each position (N,). Raise both to float, detach the target, enter
+it in LOSSES under a name:
 
     def hellinger(draft_logits, target_logits):
-        q, p = torch.softmax(draft_logits.float(), -1), torch.softmax(target_logits.detach().float(), -1)
-        return 1 - (p * q + 1e-20).sqrt().sum(-1)      # the small number: sqrt has no gradient at 0
+        q = torch.softmax(draft_logits.float(), -1)
+        p = torch.softmax(target_logits.detach().float(), -1)
+        return 1 - (p * q + 1e-20).sqrt().sum(-1)      # the small number: no gradient of sqrt at 0
 
-    LOSSES["hellinger"] = hellinger                     # then: python distill.py finetune --loss hellinger ...
+    LOSSES["hellinger"] = hellinger                    # python distill.py finetune --loss hellinger
 
-or leave this file alone and write it into your own: python distill.py finetune --loss my_loss.py:hellinger ...
-A loss may also take mu= and sigma=, the mean and deviation of the rewards over the optimiser's step (see tvd_plus_plus).
+or leave this file alone and write it into your own: --loss my_loss.py:hellinger. A loss may also
+take mu= and sigma=, the mean and deviation of the rewards over the optimiser's step (see
+tvd_plus_plus). All functions here return (N,) in fp32; the caller takes the mean. Gradients reach
+the draft logits only.
 
-All functions here return (N,) in fp32; the caller takes the mean. Gradients reach the draft logits only.
-
-    python losses.py            the noise of every sampled estimator: a table, and the picture out/variance.png
+    python losses.py            the noise of every sampled estimator: a table, and a picture
+                                (out/variance.png)
 """
 
 import argparse
 import functools
-import importlib.util
 import inspect
+import math
 import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 
-def draft_log_q(draft_logits):
-    """log q (N, V) in fp32. A token the drafter cannot draft (logit -inf) has q = 0; see kld for what that means."""
-    return torch.log_softmax(draft_logits.float(), dim=-1)
+# ---- Total variation distance, and its policy gradient -----------------------------------------
+
+def tvd(draft_logits, target_logits):
+    """Total variation distance (1/2) sum_x |p - q| = 1 - sum_x min(p, q): P(refused).
+
+    Its gradient is a policy gradient. Only tokens with p > q contribute q to the minimum, so with
+    the reward r(x) = 1 where p(x) > q(x), else 0:
+
+        grad TVD = -sum_x r(x) grad q(x) = -E_{x~q}[ r(x) grad log q(x) ]
+
+    since grad q = q grad log q. In the draft logit of token y this is q(y) (E_q[r] - r(y)). Both
+    sum to 1, so the half sum of |p - q| is the sum of its positive part max(p - q, 0) alone. Ties
+    have r = 0, as in the equation (an automatic derivative of |p - q| would choose for us).
+    """
+    return kl_and_tvd(draft_logits, target_logits, with_kl=False)[1]
 
 
-def target_p(target_logits):
-    """p (N, V) in fp32, detached: the target is never trained."""
-    return torch.softmax(target_logits.detach().float(), dim=-1)
+def tvd_plus_plus(draft_logits, target_logits, mu=None, sigma=None):
+    """TVD++ (Goel et al., 2024, section 3.2), exact form: the reward becomes the advantage
+    A(x) = (r(x) - mu) / sigma, with mean and deviation of the rewards over the batch.
+
+    The exact gradient is -E_{x~q}[A grad log q] = -(1/sigma) E[r grad log q] + (mu/sigma)
+    E[grad log q], and the last expectation is 0, for sum_x q grad log q = grad sum_x q = grad 1.
+    So a baseline that does not depend on x changes nothing here: the gradient is that of TVD,
+    divided by sigma. tvd / sigma has exactly this gradient, and a value worth logging (the
+    surrogate's own mean is always 0). What the baseline does reduce is the noise of the sampled
+    form, where the expectation is replaced by a few x ~ q.
+
+    The batch is the optimiser's step, however it is cut into pieces (step_options gives both); None
+    takes them from the positions given.
+    """
+    if sigma is None:
+        mu, sigma = mean_and_deviation(expected_reward(draft_logits, target_logits))
+    return tvd(draft_logits, target_logits) / sigma
+
+
+def tvd_plus_plus_position(draft_logits, target_logits):
+    """tvd++ with mu and sigma of each position by itself, under its own q: the paper does not say
+    over what they are taken.
+
+    It divides each position's gradient by a number of its own, so positions are weighed anew: those
+    where rewards are rare, or nearly sure, count more. Not tvd up to a scale. (A third reading,
+    seen in public code, takes mu and sigma over the vocabulary without the weight q: the gradient
+    of another function.)
+    """
+    mu = expected_reward(draft_logits, target_logits)
+    return tvd(draft_logits, target_logits) / (mu * (1 - mu)).sqrt().clamp(min=1e-3)
+
+
+def probabilities(draft_logits, target_logits):
+    """(q, p), (N, V) each, in fp32; the target detached. A logit of -inf has probability 0."""
+    return (torch.softmax(draft_logits.float(), -1),
+            torch.softmax(target_logits.detach().float(), -1))
 
 
 def overlap(draft_logits, target_logits):
-    """sum_x min(p, q), (N,): the probability that a drafted token is accepted at this position (Leviathan et al., 2023,
-    arXiv 2211.17192, corollary 3.6)."""
-    return torch.minimum(target_p(target_logits), torch.softmax(draft_logits.float(), dim=-1)).sum(-1)
+    """sum_x min(p, q), (N,): the probability that a drafted token is accepted at this position
+    (Leviathan et al., 2023, arXiv 2211.17192, corollary 3.6)."""
+    return torch.minimum(*probabilities(draft_logits, target_logits)).sum(-1)
+
+
+@torch.no_grad()
+def expected_reward(draft_logits, target_logits):
+    """E_{x~q}[r(x)] = sum_x q(x) [p(x) > q(x)] at each position, (N,)."""
+    q, p = probabilities(draft_logits, target_logits)
+    return (q * (p - q).relu().sign()).sum(-1)
+
+
+def mean_and_deviation(rewards, floor=1e-3):
+    """mu and sigma of rewards, or of expected rewards, over all their positions: two numbers.
+
+    A reward is 0 or 1, so its variance is mu (1 - mu). sigma is floored: where p = q nearly
+    everywhere no reward is left, and dividing by 0 would make noise of rounding errors.
+    """
+    mu = rewards.mean()
+    return mu, (mu * (1 - mu)).sqrt().clamp(min=floor)
 
 
 def implied_tau(alpha, gamma):
-    """The block efficiency that acceptance rate alpha would imply if every token were accepted independently:
-    1 + alpha + ... + alpha^gamma = (1 - alpha^(gamma + 1)) / (1 - alpha). Real acceptances come in runs, so measure tau.
-    """
+    """The block efficiency that acceptance rate alpha would imply if every token were accepted
+    independently: 1 + alpha + ... + alpha^gamma. Real acceptances come in runs, so measure tau."""
     return sum(alpha ** k for k in range(gamma + 1))
 
 
-# ---- Divergences -----------------------------------------------------------------------------------------------------
+# ---- Other divergences -------------------------------------------------------------------------
 
-FLOOR = -100.0        # of the logarithm of a probability: a token with q = 0 makes KL large, not infinite
+FLOOR = -100.0        # of the logarithm of a probability: a token with q = 0 makes KL large
+
+
+def kld(draft_logits, target_logits):
+    """KL(p || q) = sum_x p (log p - log q): the drafter must cover all that the target might say.
+
+    d log q(x) / d logit(y) = [x = y] - q(y), so its gradient is -sum_x p(x) ([x = y] - q(y)) =
+    q(y) - p(y). Where q is 0 and p is not it would be infinite; log q is floored, which leaves
+    those tokens out of the gradient.
+    """
+    return kl_and_tvd(draft_logits, target_logits)[0]
+
+
+def rkld(draft_logits, target_logits):
+    """KL(q || p) = sum_x q (log q - log p): the drafter may ignore what it cannot imitate.
+
+    sum_x q grad log q = 0, so in the draft logit of y its gradient is q(y) (f(y) - E_q[f]) with
+    f = log q - log p. log p is floored: what the target rules out costs much, not infinitely much.
+    """
+    log_q = torch.log_softmax(draft_logits.float(), -1)
+    log_p = torch.log_softmax(target_logits.detach().float(), -1).clamp(min=FLOOR)
+    return (log_q.exp() * (log_q.clamp(min=FLOOR) - log_p)).sum(-1)
+
+
+def jsd(draft_logits, target_logits):
+    """KL(p || m) / 2 + KL(q || m) / 2 with m = (p + q) / 2 (Lin, 1991): between 0 and log 2.
+
+    What m adds cancels (sum_x m grad log m = 0), so its gradient is rkld's with m in the place of
+    p, halved: q(y) (f(y) - E_q[f]) / 2 with f = log q - log m.
+    """
+    q, p = probabilities(draft_logits, target_logits)
+    log_m = ((p + q) / 2).clamp(min=1e-38).log()
+    log_q = torch.log_softmax(draft_logits.float(), -1).clamp(min=FLOOR)
+    return (torch.xlogy(p, p) - p * log_m + q * (log_q - log_m)).sum(-1) / 2
+
+
+def nla(draft_logits, target_logits):
+    """-log sum_x min(p, q), the negative log of the acceptance rate (Samarin et al., 2026, arXiv
+    2602.23881). Gradient: that of tvd over the acceptance rate, d(-log(1 - TVD)) = d TVD /
+    (1 - TVD), so positions that the drafter still gets wrong weigh more."""
+    return -torch.log((1 - tvd(draft_logits, target_logits)).clamp(min=1e-8))
+
+
+def lk(draft_logits, target_logits):
+    """lambda KL(p || q) + (1 - lambda) TVD with lambda = exp(-3 alpha), alpha = sum min(p, q) at
+    that position (Samarin et al., 2026): KL while the drafter is bad, where TVD has little
+    gradient, then TVD. lambda is detached, so the gradient is the same mixture of both gradients.
+    Some implementations average alpha over the batch; here each position has its own."""
+    kl, distance = kl_and_tvd(draft_logits, target_logits)
+    weight = torch.exp(-3 * (1 - distance.detach()))
+    return weight * kl + (1 - weight) * distance
 
 
 class KLAndTVD(torch.autograd.Function):
-    """KL(p || q) and TVD(p, q) at each position, (N,) and (N,), with their gradients written out.
+    """KL(p || q) and TVD(p, q) at each position, (N,) each, with their gradients written out.
 
-    In the draft logit of token y: q(y) - p(y), and q(y) (E_q[r] - r(y)) with r(x) = [p(x) > q(x)]; kld and tvd say why.
-    Automatic differentiation finds the same and takes exponentials again for it: lk takes 1.8 times as long, kld 1.4.
+    In the draft logit of token y: q(y) - p(y), and q(y) (E_q[r] - r(y)). Automatic differentiation
+    finds the same and takes exponentials again for it: lk takes 1.8 times as long, kld 1.4.
     """
 
     @staticmethod
     def forward(ctx, draft_logits, target_logits, with_kl):
-        q, p = torch.softmax(draft_logits, dim=-1), torch.softmax(target_logits, dim=-1)           # (N, V)
+        q, p = torch.softmax(draft_logits, -1), torch.softmax(target_logits, -1)         # (N, V)
         kl, p_of_kl = None, p
         if with_kl:
             log_q, log_p = logarithm(draft_logits, q), logarithm(target_logits, p)
-            if log_q.amin() <= FLOOR:             # seldom: these tokens have no part in KL's gradient
+            if log_q.amin() <= FLOOR:            # seldom: these tokens have no part in the gradient
                 p_of_kl = p * (log_q > FLOOR)
             kl = torch.linalg.vecdot(p, log_p.sub_(log_q))
         ctx.save_for_backward(q, p, p_of_kl)
-        ctx.set_materialize_grads(False)          # the gradient of a distance that nobody used is None, not zeros
+        ctx.set_materialize_grads(False)         # the gradient of what nobody used is None, not 0
         return kl, torch.sub(p, q).relu_().sum(-1)
 
     @staticmethod
@@ -93,15 +209,16 @@ class KLAndTVD(torch.autograd.Function):
             g = kl_gradient[:, None]
             gradient.addcmul_(q, g * p_of_kl.sum(-1, keepdim=True)).addcmul_(p_of_kl, -g)
         if tvd_gradient is not None:
-            g, rq = tvd_gradient[:, None], torch.sub(p, q).relu_().sign_().mul_(q)                 # r(x) q(x)
+            g, rq = tvd_gradient[:, None], torch.sub(p, q).relu_().sign_().mul_(q)      # r(x) q(x)
             gradient.addcmul_(q, g * rq.sum(-1, keepdim=True)).addcmul_(rq, -g)
         return gradient, None, None
 
 
 def logarithm(logits, s):
-    """log softmax(logits), floored, where s = softmax(logits) is there already: logits - logsumexp(logits), and the
-    largest logit with its s tells the logsumexp."""
-    return (logits - (logits.amax(-1, keepdim=True) - s.amax(-1, keepdim=True).log())).clamp_(min=FLOOR)
+    """log softmax(logits), floored, where s = softmax(logits) is there already: logits -
+    logsumexp(logits), and the largest logit with its s tells the logsumexp."""
+    logsumexp = logits.amax(-1, keepdim=True) - s.amax(-1, keepdim=True).log()
+    return (logits - logsumexp).clamp_(min=FLOOR)
 
 
 def kl_and_tvd(draft_logits, target_logits, with_kl=True):
@@ -109,121 +226,17 @@ def kl_and_tvd(draft_logits, target_logits, with_kl=True):
     return KLAndTVD.apply(draft_logits.float(), target_logits.detach().float(), with_kl)
 
 
-def kld(draft_logits, target_logits):
-    """KL(p || q) = sum_x p (log p - log q). Gradient in the draft logits: q - p.
+# ---- The sampled form: REINFORCE, and what a baseline does for it ------------------------------
 
-    The drafter must cover all that the target might say. Where q is 0 and p is not it would be infinite; log q is
-    floored at -100 there, which leaves those tokens out of the gradient.
-    """
-    return kl_and_tvd(draft_logits, target_logits)[0]
-
-
-def rkld(draft_logits, target_logits):
-    """KL(q || p) = sum_x q (log q - log p): mode-seeking, the drafter may ignore what it cannot imitate. log p is
-    floored at -100, so that a token the target rules out costs much but not infinitely much."""
-    log_q = draft_log_q(draft_logits)
-    q = log_q.exp()
-    log_p = torch.log_softmax(target_logits.detach().float(), dim=-1).clamp(min=-100)
-    return (q * (log_q.clamp(min=-100) - log_p)).sum(-1)
-
-
-def jsd(draft_logits, target_logits):
-    """KL(p || m) / 2 + KL(q || m) / 2 with m = (p + q) / 2 (Lin, 1991): symmetric, between 0 and log 2."""
-    p, log_q = target_p(target_logits), draft_log_q(draft_logits).clamp(min=-100)
-    q = log_q.exp()
-    log_m = ((p + q) / 2).clamp(min=1e-38).log()
-    return (torch.xlogy(p, p) - p * log_m + q * (log_q - log_m)).sum(-1) / 2
-
-
-# ---- Total variation distance, and its policy gradient ---------------------------------------------------------------
-
-def tvd(draft_logits, target_logits):
-    """Total variation distance (1/2) sum_x |p - q| = 1 - sum_x min(p, q): the probability of a refusal.
-
-    Its gradient is a policy gradient. Only tokens with p > q contribute q to the minimum, so with the reward
-    r(x) = 1 where p(x) > q(x), else 0:
-
-        grad TVD = -sum_x r(x) grad q(x) = -E_{x~q}[ r(x) grad log q(x) ]
-
-    since grad q = q grad log q. In the draft logit of token y this is q(y) (E_q[r] - r(y)). Both sum to 1, so the half sum of
-    |p - q| is the sum of its positive part max(p - q, 0) alone. Ties have r = 0, as in the equation (an automatic derivative
-    of |p - q| or of a minimum would choose for us).
-    """
-    return kl_and_tvd(draft_logits, target_logits, with_kl=False)[1]
-
-
-def expected_reward(draft_logits, target_logits):
-    """E_{x~q}[r(x)] = sum_x q(x) [p(x) > q(x)] at each position, (N,), detached."""
-    with torch.no_grad():
-        p, q = target_p(target_logits), torch.softmax(draft_logits.float(), dim=-1)
-        return torch.where(p > q, q, 0.0).sum(-1)
-
-
-def mean_and_deviation(rewards, floor=1e-3):
-    """mu and sigma of rewards, or of expected rewards, over all their positions: two numbers.
-
-    A reward is 0 or 1, so its variance is mu (1 - mu). sigma is floored: where p = q nearly everywhere no reward is
-    left, and dividing by 0 would make noise of rounding errors.
-    """
-    mu = rewards.mean()
-    return mu, (mu * (1 - mu)).sqrt().clamp(min=floor)
-
-
-def tvd_plus_plus(draft_logits, target_logits, mu=None, sigma=None):
-    """TVD++ (Goel et al., 2024, section 3.2), exact form: the reward becomes the advantage A(x) = (r(x) - mu) / sigma.
-
-    The exact gradient is -E_{x~q}[A grad log q] = -(1/sigma) E[r grad log q] + (mu/sigma) E[grad log q], and the last
-    expectation is 0, for sum_x q grad log q = grad sum_x q = grad 1 = 0. So a baseline that does not depend on x
-    changes nothing here: the gradient is that of TVD, divided by sigma. tvd / sigma has exactly this gradient, and a
-    value worth logging (the surrogate's own mean is always 0). What the baseline does reduce is the noise of the
-    sampled form, where the expectation is replaced by a few x ~ q.
-
-    mu, sigma: mean and deviation of the rewards over the batch. The batch is the optimiser's step, however it is cut into
-    pieces (step_options gives both); None takes them from the positions given.
-    """
-    if sigma is None:
-        mu, sigma = mean_and_deviation(expected_reward(draft_logits, target_logits))
-    return tvd(draft_logits, target_logits) / sigma
-
-
-def tvd_plus_plus_position(draft_logits, target_logits):
-    """tvd++ with mu and sigma of each position by itself, under its own q: a reading that the paper leaves open, too.
-
-    It divides each position's gradient by a number of its own, so positions are weighed anew: those where the drafter is
-    nearly right, or nearly always wrong, count more. Not tvd up to a scale. (A third reading, seen in public code, takes
-    mu and sigma over the vocabulary without the weight q. That is the gradient of another function.)
-    """
-    mu = expected_reward(draft_logits, target_logits)
-    return tvd(draft_logits, target_logits) / (mu * (1 - mu)).sqrt().clamp(min=1e-3)
-
-
-# ---- After the paper -------------------------------------------------------------------------------------------------
-
-def nla(draft_logits, target_logits):
-    """-log sum_x min(p, q): the negative log of the acceptance rate. Gradient: that of tvd divided by the acceptance
-    rate, so positions the drafter still gets wrong weigh more (Samarin et al., 2026, arXiv 2602.23881)."""
-    return -torch.log((1 - tvd(draft_logits, target_logits)).clamp(min=1e-8))
-
-
-def lk(draft_logits, target_logits):
-    """lambda KL(p || q) + (1 - lambda) TVD with lambda = exp(-3 alpha), alpha = sum min(p, q) at that position, detached:
-    KL while the drafter is bad, where TVD has little gradient, then TVD (Samarin et al., 2026, arXiv 2602.23881).
-    Some implementations average alpha over the batch; here each position has its own."""
-    kl, distance = kl_and_tvd(draft_logits, target_logits)
-    weight = torch.exp(-3 * (1 - distance.detach()))
-    return weight * kl + (1 - weight) * distance
-
-
-# ---- The sampled form: REINFORCE, and what a baseline does for it ----------------------------------------------------
-
-# The exact gradient sums over the whole vocabulary. Policy-gradient methods (Williams, 1992) cannot: they draw a few
-# x ~ q and average (r(x) - b) s(x), with the score s(x) = grad log q(x). Its mean is the exact gradient for every b that
-# does not depend on x, since E_q[s] = 0; its noise depends on b very much. A baseline is a function
+# The exact gradient sums over the whole vocabulary. Policy-gradient methods (Williams, 1992)
+# cannot: they draw a few x ~ q and average (r(x) - b) s(x), with the score s(x) = grad log q(x).
+# Its mean is the exact gradient for every b that does not depend on x, since E_q[s] = 0; its noise
+# depends on b very much. A baseline is a function
 #
-#     baseline(rewards, p, q, mu) -> b, to be taken off the rewards (it must broadcast to their shape)
+#     baseline(rewards, p, q, mu) -> b, to be taken off the rewards (it must broadcast to them)
 #
-# of the samples' rewards (N, K), both distributions (N, V), and the mean reward mu over the whole batch. Write your own
-# and enter it in BASELINES.
+# of the samples' rewards (N, K), both distributions (N, V), and the mean reward mu over the whole
+# batch. Write your own and enter it in BASELINES.
 
 def no_baseline(rewards, p, q, mu):
     """b = 0. Unbiased. Every sampled token with a reward is pushed up, and none is pushed down."""
@@ -231,16 +244,18 @@ def no_baseline(rewards, p, q, mu):
 
 
 def batch_mean(rewards, p, q, mu):
-    """The mean reward of the whole batch, M = N K samples: the paper's mu. Assumes that all positions are similar.
+    """The mean reward of the whole batch, M = N K samples: the paper's mu. Assumes that all
+    positions are similar.
 
-    Biased, because each sample sits in its own mean: own term r s / M, all others independent of s. So the mean is the
-    exact gradient times 1 - 1/M: a matter of scale only, and small in a large batch.
+    Biased, because each sample sits in its own mean: own term r s / M, all others independent of s.
+    So the mean is the exact gradient times 1 - 1/M: only a matter of scale, and small in a large
+    batch.
     """
     return mu
 
 
 def expected_at_position(rewards, p, q, mu):
-    """E_{x~q}[r] at each position, summed over the vocabulary: the value function, known exactly here. Unbiased.
+    """E_{x~q}[r] at each position: the value function, known exactly here. Unbiased.
 
     Where it can be had, so can the exact gradient; it shows what a learnt critic would be after.
     """
@@ -248,91 +263,108 @@ def expected_at_position(rewards, p, q, mu):
 
 
 def leave_one_out(rewards, p, q, mu):
-    """For each of K samples the mean of the other K - 1 at its position (Kool et al., 2019). Unbiased: it never sees
-    its own sample, and positions need not be similar. Needs samples >= 2."""
+    """For each of K samples the mean of the other K - 1 at its position (Kool et al., 2019).
+    Unbiased: it never sees its own sample, and positions need not be similar. K >= 2."""
     K = rewards.shape[-1]
     if K < 2:
-        raise ValueError("baseline leave-one-out needs at least 2 samples a position; give --samples 2 or more")
+        raise ValueError("baseline leave-one-out needs at least 2 samples a position; give "
+                         "--samples 2 or more")
     return (rewards.sum(-1, keepdim=True) - rewards) / (K - 1)
 
 
 class RunningMean:
-    """A mean over earlier steps, b <- decay b + (1 - decay) mu, 0 at first. Unbiased: it depends on the past only.
-    Assumes that the drafter changes slowly. It has a memory, so each training makes its own and saves it."""
+    """A mean over earlier steps, b <- decay b + (1 - decay) mu, 0 at first. Unbiased: it depends on
+    the past only. Assumes that the drafter changes slowly. It has a memory, so each training makes
+    its own and saves it."""
 
     def __init__(self, decay=0.9):
-        self.decay, self.mean, self.after = decay, 0.0, 0.0      # `after`: the mean once this step is counted, too
+        self.decay, self.mean, self.after = decay, 0.0, 0.0        # after: with this step counted
 
     def begin_step(self, mu):
-        self.mean, self.after = self.after, self.decay * self.after + (1 - self.decay) * float(mu)
+        self.mean = self.after
+        self.after = self.decay * self.after + (1 - self.decay) * float(mu)
 
     def __call__(self, rewards, p, q, mu):
         return self.mean
 
 
 def least_variance(rewards, p, q, mu):
-    """The constant that minimises the variance at each position, E_q[r |s|^2] / E_q[|s|^2]. Unbiased.
+    """The constant that minimises the variance at each position, E_q[r |s|^2] / E_q[|s|^2].
+    Unbiased.
 
-    d/db E|(r - b) s|^2 = 0 gives it. In the draft logits s(x) = e_x - q, so |s(x)|^2 = 1 - 2 q(x) + sum q^2: rare tokens
-    have long scores and count more than in the expected reward.
+    d/db E|(r - b) s|^2 = 0 gives it. In the draft logits s(x) = e_x - q, so |s(x)|^2 = 1 - 2 q(x) +
+    sum q^2: rare tokens have long scores and count more than in the expected reward.
     """
     weight = q * (1 - 2 * q + q.pow(2).sum(-1, keepdim=True))
-    return torch.where(p > q, weight, 0.0).sum(-1, keepdim=True) / weight.sum(-1, keepdim=True).clamp(min=1e-20)
+    rewarded = torch.where(p > q, weight, 0.0).sum(-1, keepdim=True)
+    return rewarded / weight.sum(-1, keepdim=True).clamp(min=1e-20)
 
 
-BASELINES = {"none": no_baseline, "batch": batch_mean, "expected": expected_at_position, "leave-one-out": leave_one_out,
-             "running": RunningMean(), "least-variance": least_variance}
+BASELINES = {"none": no_baseline, "batch": batch_mean, "expected": expected_at_position,
+             "leave-one-out": leave_one_out, "running": RunningMean(),
+             "least-variance": least_variance}
 
 
 def toss(positions, samples, generator=None):
-    """Coins (positions, samples), uniform in [0, 1), from the generator (None is the global one)."""
-    return torch.rand(positions, samples, dtype=torch.float64, generator=generator, device=generator.device if generator else None)
+    """Coins (positions, samples), uniform in [0, 1), from the generator (None is the global)."""
+    device = generator.device if generator else None
+    return torch.rand(positions, samples, dtype=torch.float64, generator=generator, device=device)
 
 
 def draw(q, coins):
-    """A token from q (N, V) for each coin (N, K) -> (N, K), by inversion of the cumulative sum."""
+    """A token from q (N, V) for each coin (N, K) -> (N, K), by inverting the cumulative sum."""
     total = q.double().cumsum(-1)
-    return torch.searchsorted(total, coins.to(q.device) * total[:, -1:], right=True).clamp(max=q.shape[-1] - 1)
+    found = torch.searchsorted(total, coins.to(q.device) * total[:, -1:], right=True)
+    return found.clamp(max=q.shape[-1] - 1)
 
 
+@torch.no_grad()
 def sampled_rewards(draft_logits, target_logits, coins):
-    """Tokens x ~ q and their rewards [p(x) > q(x)], (N, K) each, then p and q (N, V); all detached."""
-    with torch.no_grad():
-        p, q = target_p(target_logits), torch.softmax(draft_logits.float(), dim=-1)      # computed alike: equal logits, equal p and q
-        x = draw(q, coins)                                                               # (N, K)
-        return x, (p.gather(-1, x) > q.gather(-1, x)).float(), p, q
+    """Tokens x ~ q and their rewards [p(x) > q(x)], (N, K) each, then q and p (N, V)."""
+    q, p = probabilities(draft_logits, target_logits)
+    x = draw(q, coins)
+    return x, (p.gather(-1, x) > q.gather(-1, x)).float(), q, p
 
 
-def tvd_sampled(draft_logits, target_logits, samples=1, baseline="none", whiten=False, generator=None, coins=None, mu=None, sigma=None):
-    """TVD by policy gradient: x ~ q drawn afresh at each position (never the answer's own token, which came from p).
+def tvd_sampled(draft_logits, target_logits, samples=1, baseline="none", whiten=False,
+                generator=None, coins=None, mu=None, sigma=None):
+    """TVD by policy gradient: x ~ q drawn afresh at each position (never the answer's own token,
+    which came from p).
 
-    baseline: a name in BASELINES, or a function. whiten: divide by the standard deviation of the batch's rewards,
-    floored. That is biased: rewards and their deviation come from the same samples, so the division is by a number
-    that knows the sample (measured in tests/test_losses.py).
-    The gradient is -(1/K) sum_k (r(x_k) - b) / sigma  grad log q(x_k). The value is an estimate of TVD, for the log.
-    coins (N, K), mu, sigma: of these positions where the batch is larger than they are (step_options).
+    baseline: a name in BASELINES, or a function. whiten: divide by the standard deviation of the
+    batch's rewards, floored. That is biased: rewards and their deviation come from the same
+    samples, so the division is by a number that knows the sample (measured in
+    tests/test_losses.py). The gradient is -(1/K) sum_k (r(x_k) - b) / sigma  grad log q(x_k). The
+    value is an estimate of TVD, for the log. coins (N, K), mu, sigma: see step_options.
     """
-    x, rewards, p, q = sampled_rewards(draft_logits, target_logits, toss(len(draft_logits), samples, generator) if coins is None else coins)
+    coins = toss(len(draft_logits), samples, generator) if coins is None else coins
+    x, rewards, q, p = sampled_rewards(draft_logits, target_logits, coins)
     baseline = BASELINES[baseline] if isinstance(baseline, str) else baseline
     if sigma is None:
         mu, sigma = begin_step(rewards, baseline)
     with torch.no_grad():
         advantage = (rewards - baseline(rewards, p, q, mu)) / (sigma if whiten else 1)
-        value = 1 - (p.gather(-1, x) / q.gather(-1, x)).clamp(max=1).mean(-1)            # E_q[min(1, p/q)] is the acceptance
-    surrogate = -(advantage * draft_log_q(draft_logits).gather(-1, x)).mean(-1)
-    return value + surrogate - surrogate.detach()                                        # this value, that gradient
+        # E_q[min(1, p/q)] is the acceptance rate.
+        value = 1 - (p.gather(-1, x) / q.gather(-1, x)).clamp(max=1).mean(-1)
+    log_q = torch.log_softmax(draft_logits.float(), -1).gather(-1, x)                    # (N, K)
+    surrogate = -(advantage * log_q).mean(-1)
+    return value + surrogate - surrogate.detach()                     # this value, that gradient
 
 
-def tvd_plus_plus_sampled(draft_logits, target_logits, samples=1, baseline="batch", whiten=True, generator=None, coins=None, mu=None, sigma=None):
-    """TVD++ as published: advantages (r - mu) / sigma with the batch's own mean and deviation of the sampled rewards."""
-    return tvd_sampled(draft_logits, target_logits, samples, baseline, whiten, generator, coins, mu, sigma)
+def tvd_plus_plus_sampled(draft_logits, target_logits, samples=1, baseline="batch", whiten=True,
+                          generator=None, coins=None, mu=None, sigma=None):
+    """TVD++ as published: advantages (r - mu) / sigma with the batch's own mean and deviation of
+    the sampled rewards."""
+    return tvd_sampled(draft_logits, target_logits, samples, baseline, whiten, generator, coins, mu,
+                       sigma)
 
 
-LOSSES = {"kld": kld, "rkld": rkld, "jsd": jsd, "tvd": tvd, "tvd++": tvd_plus_plus, "tvd++-position": tvd_plus_plus_position,
-          "nla": nla, "lk": lk, "tvd-sampled": tvd_sampled, "tvd++-sampled": tvd_plus_plus_sampled}
+LOSSES = {"kld": kld, "rkld": rkld, "jsd": jsd, "tvd": tvd, "tvd++": tvd_plus_plus,
+          "tvd++-position": tvd_plus_plus_position, "nla": nla, "lk": lk,
+          "tvd-sampled": tvd_sampled, "tvd++-sampled": tvd_plus_plus_sampled}
 
 
-# ---- One batch, cut into pieces --------------------------------------------------------------------------------------
+# ---- One batch, cut into pieces ----------------------------------------------------------------
 
 def begin_step(rewards, baseline=None):
     """mu and sigma of one optimiser step from all its rewards; a baseline with a memory is told."""
@@ -342,98 +374,123 @@ def begin_step(rewards, baseline=None):
     return mu, sigma
 
 
-def step_options(loss, pieces, logits):
-    """What `loss` must know of its whole batch to be given it in pieces: keyword options (a dict) for each piece.
+@torch.no_grad()
+def step_options(loss, count, chunk, logits):
+    """What `loss` must know of its whole batch to be given it in pieces: keyword options (a dict)
+    for each `chunk` of the `count` positions.
 
-    pieces: pairs of tensors, one row a position; logits(*piece) -> draft and target logits (n, V) of a piece. A loss that
-    takes mu= or sigma= gets that of the rewards over all pieces, for which these are gone through once without
-    gradients. One that takes coins= too gets its rewards sampled, with coins tossed once for all. Other losses get nothing.
+    logits(rows) -> draft and target logits (n, V) of a slice of positions. A loss that takes mu= or
+    sigma= gets that of the rewards over all positions, for which these are gone through once. One
+    that takes coins= too gets its rewards sampled, with coins tossed once for all. Other losses get
+    nothing.
     """
+    pieces = [slice(at, min(at + chunk, count)) for at in range(0, count, chunk)]
     takes, options, baseline = inspect.signature(loss).parameters, [{} for _ in pieces], None
     if "mu" not in takes and "sigma" not in takes:
         return options
     if "coins" in takes:
-        sizes, baseline = [len(rows) for rows, _ in pieces], takes["baseline"].default
-        coins = toss(sum(sizes), takes["samples"].default, takes["generator"].default)
-        options = [{"coins": share} for share in coins.split(sizes)]
-    with torch.no_grad():
-        rewards = [sampled_rewards(*logits(*piece), **known)[1] if known else expected_reward(*logits(*piece))
-                   for piece, known in zip(pieces, options)]
-    mu, sigma = begin_step(torch.cat(rewards), BASELINES[baseline] if isinstance(baseline, str) else baseline)
-    known_of_all = {name: value for name, value in (("mu", mu), ("sigma", sigma)) if name in takes}
-    return [known | known_of_all for known in options]
+        baseline = takes["baseline"].default
+        baseline = BASELINES[baseline] if isinstance(baseline, str) else baseline
+        coins = toss(count, takes["samples"].default, takes["generator"].default)
+        options = [{"coins": coins[rows]} for rows in pieces]
+        rewards = [sampled_rewards(*logits(rows), coins[rows])[1] for rows in pieces]
+    else:
+        rewards = [expected_reward(*logits(rows)) for rows in pieces]
+    found = zip(("mu", "sigma"), begin_step(torch.cat(rewards), baseline))
+    found = {name: value for name, value in found if name in takes}
+    return [known | found for known in options]
 
 
-# ---- Choosing a loss, one's own included -----------------------------------------------------------------------------
+# ---- Choosing a loss, one's own included -------------------------------------------------------
 
 def choose(name, samples=1, baseline=None, generator=None):
-    """The loss function of a name in LOSSES, or of my_loss.py:my_loss, which is tried on a small case first.
+    """The loss function of a name in LOSSES, or of my_loss.py:my_loss, which is tried on a small
+    case first.
 
-    samples, baseline (a name in BASELINES; None is the loss's own) and generator go to the sampled forms. ValueError
-    says what is wrong with the name or the function.
+    samples, baseline (a name in BASELINES; None is the loss's own) and generator go to the sampled
+    forms. ValueError says what is wrong with the name or the function.
     """
+    sampled = name.endswith("-sampled")
+    if not sampled and (baseline or samples != 1):
+        raise ValueError(f"--samples and --baseline are for the sampled losses, not for {name}")
     if ":" in name:
         path, function_name = name.rsplit(":", 1)
         return check(load_function(Path(path), function_name), name)
     if name not in LOSSES:
         raise ValueError(f"--loss {name} is none of {', '.join(LOSSES)}, nor FILE.py:FUNCTION")
-    if not name.endswith("-sampled"):
-        if baseline or samples != 1:
-            raise ValueError(f"--samples and --baseline are for the sampled losses; {name} sums over the vocabulary")
+    if not sampled:
         return LOSSES[name]
     if baseline and baseline not in BASELINES:
         raise ValueError(f"--baseline {baseline} is none of {', '.join(BASELINES)}")
-    if samples < 1 or (baseline == "leave-one-out" and samples < 2):
-        raise ValueError(f"--samples {samples}: expected at least 1, or 2 for --baseline leave-one-out")
+    if baseline == "leave-one-out" and samples < 2:
+        raise ValueError("--baseline leave-one-out needs --samples 2 or more")
     options = {"baseline": RunningMean() if baseline == "running" else baseline} if baseline else {}
     return functools.partial(LOSSES[name], samples=samples, generator=generator, **options)
 
 
+def file_of(name):
+    """The content of a student's file, FILE.py:FUNCTION; "" for a loss in LOSSES. What was trained
+    with another content was trained with another loss."""
+    return Path(name.rsplit(":", 1)[0]).read_text(encoding="utf-8") if ":" in name else ""
+
+
 def load_function(path, name):
-    """The function `name` of a Python file. ValueError if there is no such file, or it fails, or lacks the function."""
+    """The function `name` of a Python file. ValueError if it is not there or its file fails."""
     if not path.is_file():
         raise ValueError(f"--loss {path}:{name}: {path} is no file; give FILE.py:FUNCTION")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
+    found = {"__name__": path.stem, "__file__": str(path)}
     try:
-        spec.loader.exec_module(module)
+        # Compiled from its text: Python's cache of modules misses an edit within the same second.
+        exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), found)
     except Exception as error:
         raise ValueError(f"{path}: fails when read ({type(error).__name__}: {error})") from None
-    if not callable(getattr(module, name, None)):
-        raise ValueError(f"{path}: defines no function {name}; it has {', '.join(n for n in vars(module) if not n.startswith('_')) or 'none'}")
-    return getattr(module, name)
+    if not callable(found.get(name)):
+        others = ", ".join(n for n in found if not n.startswith("_")) or "none"
+        raise ValueError(f"{path}: defines no function {name}; it has {others}")
+    return found[name]
 
 
 def check(function, name):
-    """function, after a try on 64 positions of seven tokens. ValueError in one sentence for what training would choke on."""
-    generator = torch.Generator().manual_seed(0)
+    """function, after a try on 64 positions of seven tokens. ValueError in one sentence for what
+    training would choke on."""
+    generator, loss, problem = torch.Generator().manual_seed(0), None, None
     draft, target = (torch.randn(64, 7, generator=generator).requires_grad_() for _ in range(2))
     try:
         loss = function(draft, target)
     except Exception as error:
-        raise ValueError(f"{name}: fails on draft and target logits (64, 7): {type(error).__name__}: {error}") from None
-    if not isinstance(loss, torch.Tensor) or loss.shape != (64,):
-        shape = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
-        raise ValueError(f"{name}: returned {shape} for logits (64, 7); expected one loss a position, shape (64,): sum over the last dimension only")
-    if not torch.isfinite(loss).all():
-        raise ValueError(f"{name}: the loss is not finite on ordinary logits (first {loss[:3].tolist()}): look for a log or a division by 0")
-    if not loss.requires_grad:
-        raise ValueError(f"{name}: the loss has no gradient: it must depend on draft_logits by operations of torch, outside no_grad")
-    loss.sum().backward()
-    if draft.grad is None or not torch.isfinite(draft.grad).all() or not draft.grad.any():
-        raise ValueError(f"{name}: the gradient in draft_logits is missing, zero or not finite: check detach() and square roots at 0")
-    if target.grad is not None and target.grad.any():
-        raise ValueError(f"{name}: a gradient reaches target_logits: the target is not trained, use target_logits.detach()")
+        problem = f"fails on draft and target logits (64, 7): {type(error).__name__}: {error}"
+    shape = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+    if problem is None and shape != (64,):
+        problem = (f"returned {shape} for logits (64, 7); expected one loss a position, shape "
+                   f"(64,): sum over the last dimension only")
+    elif problem is None and not torch.isfinite(loss).all():
+        problem = (f"the loss is not finite on ordinary logits (first {loss[:3].tolist()}): look "
+                   f"for a log or a division by 0")
+    elif problem is None and not loss.requires_grad:
+        problem = ("the loss has no gradient: it must depend on draft_logits by operations of "
+                   "torch, outside no_grad")
+    if problem is None:
+        loss.sum().backward()
+        if draft.grad is None or not torch.isfinite(draft.grad).all() or not draft.grad.any():
+            problem = ("the gradient in draft_logits is missing, zero or not finite: check "
+                       "detach() and square roots at 0")
+        elif target.grad is not None and target.grad.any():
+            problem = ("a gradient reaches target_logits: the target is not trained, use "
+                       "target_logits.detach()")
+    if problem:
+        raise ValueError(f"{name}: {problem}")
     return function
 
 
-# ---- The laboratory: how noisy is each estimator? ---------------------------------------------------------------------
+# ---- The laboratory: how noisy is each estimator? ----------------------------------------------
 
 def example(level, positions=32, vocab=64, seed=0):
-    """p, q (N, V) with sum min(p, q) = level at each position: q = (1 - t) p + t r for an r of its own, t by bisection."""
-    generator = torch.Generator().manual_seed(seed)
-    p, r = (torch.softmax(3 * torch.randn(positions, vocab, generator=generator, dtype=torch.float64), -1) for _ in range(2))
-    low, high = torch.zeros(positions, 1, dtype=torch.float64), torch.ones(positions, 1, dtype=torch.float64)
+    """p, q (N, V) with sum min(p, q) = level at each position: q = (1 - t) p + t r for an r of its
+    own, t by bisection."""
+    generator, double = torch.Generator().manual_seed(seed), torch.float64
+    p, r = (torch.softmax(3 * torch.randn(positions, vocab, generator=generator, dtype=double), -1)
+            for _ in range(2))
+    low, high = torch.zeros(positions, 1, dtype=double), torch.ones(positions, 1, dtype=double)
     for _ in range(60):
         t = (low + high) / 2
         above = torch.minimum(p, (1 - t) * p + t * r).sum(-1, keepdim=True) > level
@@ -442,57 +499,68 @@ def example(level, positions=32, vocab=64, seed=0):
 
 
 def exact_noise(p, q, baseline):
-    """(noise, variance) of (r - b) s from one sample, enumerated over the vocabulary. b: (N, 1) or a number, constant in x.
+    """(noise, variance) of (r - b) s from one sample, enumerated over the vocabulary. baseline:
+    (N, 1) or a number, constant in x.
 
-    noise: E|g - Eg|^2 / |Eg|^2, summed over positions above and below; rescaling g does not change it.
+    noise: E|g - Eg|^2 / |Eg|^2, summed over positions above and below; it does not change where g
+    is multiplied by a number.
     """
-    rewards = (p > q).to(p)
-    score = torch.eye(p.shape[-1], dtype=p.dtype) - q[:, None]                           # (N, x, V): s(x) = e_x - q
-    g = (rewards - baseline)[..., None] * score
-    mean = (q[..., None] * g).sum(1)                                                     # (N, V)
+    score = torch.eye(p.shape[-1], dtype=p.dtype) - q[:, None]           # (N, x, V): e_x - q
+    g = ((p > q).to(p) - baseline)[..., None] * score
+    mean = (q[..., None] * g).sum(1)                                     # (N, V)
     variance = (q * (g - mean[:, None]).pow(2).sum(-1)).sum()
     return (variance / mean.pow(2).sum()).item(), (variance / len(p)).item()
 
 
 def measured_noise(p, q, samples, baseline, whiten, repeats=400, seed=0):
-    """The same for `samples` a position, from `repeats` draws of the whole batch; g is what backward() gives."""
-    generator, draft = torch.Generator().manual_seed(seed), q.log().float().requires_grad_()
-    g = []
+    """The same for `samples` a position, from `repeats` draws of the whole batch; g is what
+    backward() gives."""
+    generator = torch.Generator().manual_seed(seed)
+    draft, target, g = q.log().float().requires_grad_(), p.log().float(), []
     for _ in range(repeats):
-        loss = tvd_sampled(draft, p.log().float(), samples, baseline, whiten, generator)
+        loss = tvd_sampled(draft, target, samples, baseline, whiten, generator)
         g.append(-torch.autograd.grad(loss.sum(), draft)[0].double())
-    g = torch.stack(g)                                                                   # (R, N, V)
+    g = torch.stack(g)                                                   # (R, N, V)
     variance = g.var(0).sum()
-    # The mean of R noisy gradients is longer than their expectation: by variance / R, on average.
-    return (variance / (g.mean(0).pow(2).sum() - variance / repeats)).item(), (variance / len(p)).item()
+    # The mean of R noisy gradients is longer than their expectation, by variance / R on average.
+    length = g.mean(0).pow(2).sum() - variance / repeats
+    return (variance / length).item(), (variance / len(p)).item()
 
 
 def main():
-    parser = argparse.ArgumentParser(description="The noise E|g - Eg|^2 / |Eg|^2 of each sampled estimator of the gradient of TVD.")
-    parser.add_argument("--levels", type=float, nargs="+", default=[0.2, 0.5, 0.9], help="overlaps sum min(p, q) (default 0.2 0.5 0.9)")
+    parser = argparse.ArgumentParser(description="The noise E|g - Eg|^2 / |Eg|^2 of each sampled "
+                                     "estimator of the gradient of TVD.")
+    parser.add_argument("--levels", type=float, nargs="+", default=[0.2, 0.5, 0.9],
+                        help="overlaps sum min(p, q) (default 0.2 0.5 0.9)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/variance.png"))
     args = parser.parse_args()
-    if any(not 0.05 <= level < 1 for level in args.levels):
-        raise ValueError(f"--levels {args.levels}: expected overlaps of at least 0.05 and below 1")
-    table = {}                                    # (label, level) -> noise at 1 sample
+    if not all(0.05 <= level < 1 for level in args.levels):
+        sys.exit(f"error: --levels {args.levels}: expected overlaps of at least 0.05 and below 1")
+    table = {}                                    # (label, level) -> noise of 1, 4 and 16 samples
     for level in args.levels:
         p, q = example(level, seed=args.seed)
-        mu = torch.where(p > q, q, 0.0).sum(-1, keepdim=True)
-        print(f"\noverlap {level}: mu = E_q[r] = {mu.mean():.3f} (from {mu.min():.3f} to {mu.max():.3f}); 32 positions, 64 tokens")
-        print(f"{'estimator':40} noise: 1 sample   4 samples  16 samples   variance: 1 sample   4 samples  16 samples")
-        for label, name, whiten in [("none", "none", False), ("batch mean", "batch", False), ("batch mean, over deviation (tvd++)", "batch", True),
-                                    ("expected reward", "expected", False), ("least variance", "least-variance", False),
-                                    ("running mean (settled)", mu.mean(), False), ("leave one out", "leave-one-out", False)]:
-            # One sample is enumerated: the batch's mean is taken as its expectation there, the limit of a large batch.
-            constant = {"none": 0.0, "batch": mu.mean(), "expected": mu, "least-variance": least_variance(None, p, q, None)}.get(name, name)
-            sigma = (mu.mean() * (1 - mu.mean())).sqrt() if whiten else 1.0
-            one = (float("nan"), float("nan")) if name == "leave-one-out" else exact_noise(p, q, constant)
-            function = BASELINES[name] if isinstance(name, str) else lambda rewards, p, q, mu: name.float()
-            more = [measured_noise(p, q, samples, function, whiten, seed=args.seed) for samples in (4, 16)]
-            table[label, level] = [one[0], more[0][0], more[1][0]]
-            print(f"{label:40} {one[0]:15.2f} {more[0][0]:11.2f} {more[1][0]:11.2f}   {one[1] / float(sigma) ** 2:19.4f} "
-                  f"{more[0][1]:11.4f} {more[1][1]:11.4f}")
+        expected = expected_at_position(None, p, q, None)
+        mu = expected.mean()
+        print(f"\noverlap {level}: mu = E_q[r] = {mu:.3f} (from {expected.min():.3f} to "
+              f"{expected.max():.3f}); 32 positions, 64 tokens\n{'estimator':34} noise: 1 sample"
+              f"   4 samples  16 samples   variance: 1 sample   4 samples  16 samples")
+        # One sample is enumerated; the batch's mean is taken as its expectation there.
+        for label, baseline, constant, whiten in (
+                ("none", "none", 0.0, False), ("batch mean", "batch", mu, False),
+                ("batch mean, over deviation (tvd++)", "batch", mu, True),
+                ("expected reward", "expected", expected, False),
+                ("least variance", "least-variance", least_variance(None, p, q, None), False),
+                ("running mean (settled)", lambda *_: mu.float(), mu, False),
+                ("leave one out", "leave-one-out", math.nan, False)):
+            found = [exact_noise(p, q, constant), *(
+                measured_noise(p, q, samples, baseline, whiten, seed=args.seed)
+                for samples in (4, 16))]
+            noise, variance = zip(*found)
+            table[label, level] = noise
+            scale = mu * (1 - mu) if whiten else 1.0
+            print("{:34} {:15.2f} {:11.2f} {:11.2f}   {:19.4f} {:11.4f} {:11.4f}".format(
+                label, *noise, float(variance[0] / scale), *variance[1:]))
     draw_table(args.out, table, args.levels)
     print(f"\nwrote {args.out}")
 
@@ -506,18 +574,16 @@ def draw_table(path, table, levels):
     labels = list(dict.fromkeys(label for label, _ in table))
     figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
     for k, label in enumerate(labels):
-        axes.bar([i + (k - (len(labels) - 1) / 2) * 0.12 for i in range(len(levels))], [table[label, level][1] for level in levels], 0.11, label=label)
+        places = [i + (k - (len(labels) - 1) / 2) * 0.12 for i in range(len(levels))]
+        axes.bar(places, [table[label, level][1] for level in levels], 0.11, label=label)
     axes.set_yscale("log")
     axes.set_xticks(range(len(levels)), [f"overlap {level}" for level in levels])
-    axes.set(ylabel="noise  E|g - Eg|² / |Eg|²,  4 samples a position", title="What a reward baseline does to the sampled gradient of TVD")
+    axes.set(ylabel="noise  E|g - Eg|² / |Eg|²,  4 samples a position",
+             title="What a reward baseline does to the sampled gradient of TVD")
     axes.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    main()

@@ -4,9 +4,12 @@ Used by every script: JSON lines, atomic writes, the cache folder, the progress 
 bad input into one sentence and exit code 2. Nothing to run here.
 """
 
+import argparse
 import ctypes
 import gzip
+import hashlib
 import json
+import math
 import os
 import signal
 import sys
@@ -123,17 +126,67 @@ def cache_dir(*parts):
     return folder
 
 
-def machine_flags(parser):
+def fingerprint(*parts):
+    """20 hex digits that change with any part: a path counts by its content (a model folder by its
+    weights and config.json), anything else by its JSON."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Path):
+            folder = [part / "config.json", *sorted(part.glob("*.safetensors"))]
+            for path in folder if part.is_dir() else [part]:
+                with open(path, "rb") as content:
+                    digest.update(hashlib.file_digest(content, "sha256").digest())
+        else:
+            digest.update(json.dumps(part, default=str).encode())
+    return digest.hexdigest()[:20]
+
+
+# ---- Flags -------------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a wrong flag is one sentence, as all bad input is."""
+
+    def error(self, message):
+        raise ValueError(f"{message} ({self.prog} --help lists the flags)")
+
+
+def between(interval, kind=float):
+    """An argparse type: a number in the interval, written "[1, inf)" or "(0, 1]". NaN is in none."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    words = [f"{'at least' if interval[0] == '[' else 'above'} {low:g}" if low > -math.inf else "",
+             f"{'at most' if interval[-1] == ']' else 'below'} {high:g}" if high < math.inf else ""]
+
+    def read(text):
+        try:
+            value = kind(text)
+            inside = low <= value <= high and (value != low or interval[0] == "[") and (
+                value != high or interval[-1] == "]")
+        except ValueError:
+            inside = False
+        if not inside:
+            raise argparse.ArgumentTypeError(
+                f"is {text}; expected a {'whole ' * (kind is int)}number " +
+                " and ".join(word for word in words if word))
+        return value
+    return read
+
+
+def add_numbers(parser, *rows):
+    """Add a flag for each (name, default, interval, what it is)."""
+    for name, default, interval, text in rows:
+        parser.add_argument(f"--{name}", type=between(interval, type(default)), default=default,
+                            help=f"{text} (default {default})")
+
+
+def machine_flags(parser, dtypes=("float32", "bfloat16", "float16")):
     """Add --seed, --device, --dtype and --threads to an argparse parser: what all scripts share."""
     import torch
 
-    parser.add_argument("--seed", type=int, default=0,
-                        help="random seed; same seed, same machine, same result (default 0)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="cpu or cuda (default: cuda where there is one)")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"],
-                        help="default float32")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: one a core)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help=f"cpu or cuda (default {device})")
+    parser.add_argument("--dtype", default="float32", choices=dtypes, help="default float32")
+    add_numbers(parser, ("seed", 0, "[0, 9e18]", "same seed, same machine, same result"),
+                ("threads", 0, "[0, 1024]", "CPU threads; 0: one a core"))
 
 
 def set_up(args):

@@ -23,6 +23,7 @@ import sysconfig
 from pathlib import Path
 
 import numpy as np
+import torch
 
 if not __package__:  # run as a script: sys.path[0] is data/, the root is one up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -139,6 +140,60 @@ def write_tokens(out, documents, sources, tok, eval_fraction, seed):
     with files.atomic(out / "meta.json") as temporary:
         temporary.write_text(json.dumps(meta, indent=1) + "\n")
     return counts
+
+
+# ---- Reading it: what train.py and distill.py mix in -----------------------------------------
+
+def read(folder, tok, context):
+    """The tokens of folder's train.bin and eval.bin: two uint16 arrays, mapped from the files.
+
+    ValueError if a file is missing, not of this tokenizer (ids mean nothing without it), or
+    shorter than one window of context + 1 tokens.
+    """
+    meta, *paths = [Path(folder) / name for name in ("meta.json", "train.bin", "eval.bin")]
+    for path in (meta, *paths):
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file; python data/pretrain_text.py writes the token "
+                             f"files")
+    try:
+        fingerprint = json.loads(meta.read_text(encoding="utf-8"))["tokenizer_fingerprint"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ValueError(f"{meta}: no JSON object with tokenizer_fingerprint; write the token "
+                         f"files again") from None
+    if fingerprint != tok.fingerprint:
+        raise ValueError(f"{folder} was written with tokenizer {fingerprint}, but --tokenizer "
+                         f"{tok.folder} is {tok.fingerprint}: write the token files again with "
+                         f"this tokenizer")
+    arrays = []
+    for path in paths:
+        size = path.stat().st_size
+        if size % 2 or size // 2 <= context:
+            raise ValueError(f"{path}: {size} bytes; expected two a token and more than --context "
+                             f"{context} tokens: write it again, or lower --context")
+        arrays.append(np.memmap(path, dtype="<u2", mode="r"))
+        if arrays[-1].max() >= tok.vocab_size:
+            raise ValueError(f"{path}: holds token {arrays[-1].max()}, outside the tokenizer's "
+                             f"{tok.vocab_size}: write it again with this tokenizer")
+    return arrays
+
+
+def windows(tokens, offsets, context):
+    """(len(offsets), context + 1) int64: all but the last are read, all but the first predicted."""
+    return torch.from_numpy(np.stack([tokens[o:o + context + 1] for o in offsets]).astype("int64"))
+
+
+def sample(tokens, batch_size, context, generator):
+    """(batch_size, context + 1) int64 windows at random offsets. They run over document boundaries,
+    as in GPT's training: the separating token says that one ended."""
+    offsets = torch.randint(len(tokens) - context, (batch_size,), generator=generator).tolist()
+    return windows(tokens, offsets, context)
+
+
+def spread(tokens, context, count):
+    """(at most count, context + 1) windows, evenly spread over the file; always the same ones."""
+    count = min(count, (len(tokens) - 1) // context)
+    last = len(tokens) - context - 1
+    return windows(tokens, [i * last // max(1, count - 1) for i in range(count)], context)
 
 
 def main():

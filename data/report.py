@@ -8,6 +8,7 @@ distill.py compare draws its curves with draw_curves().
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -78,6 +79,38 @@ def draw(path, logs, rows, cases):
     tau_panel.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
+
+
+# Student's t at 97.5 % for 1, 2, ... degrees of freedom: three seeds say little, and the interval
+# must say so.
+STUDENT = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]
+
+
+def mean_and_interval(values):
+    """Mean and the half width of its 95 % interval (nan for one value), as floats."""
+    n, half = len(values), math.nan
+    if n > 1:
+        student = STUDENT[min(n - 1, len(STUDENT)) - 1]
+        half = student * float(np.std(values, ddof=1)) / math.sqrt(n)
+    return float(np.mean(values)), half
+
+
+def print_comparison(names, runs):
+    """Each loss's results on test prompts, mean and half width over its seeds, and the difference
+    from the first loss, paired by seed. runs: those of compare.json."""
+    final = {name: [run for run in runs if run["loss"] == name and "dev_alpha" not in run]
+             for name in names}
+    print(f"\nmean over {len(final[names[0]])} seeds, half width of its 95 % interval; then the "
+          f"difference from {names[0]}, paired by seed")
+    for name in names:
+        print(f"{name} (learning rate {final[name][0]['learning_rate']:g})")
+        for key in [key for key in final[name][0] if key.startswith(("alpha", "tau"))]:
+            values = [run[key] for run in final[name]]
+            line = "  {:28} {:.4f} ± {:.4f}".format(key, *mean_and_interval(values))
+            if name != names[0]:
+                differences = [a - run[key] for a, run in zip(values, final[names[0]])]
+                line += "   difference {:+.4f} ± {:.4f}".format(*mean_and_interval(differences))
+            print(line.replace(" ± nan", ""))                    # one seed has no interval
 
 
 def draw_curves(path, curves):

@@ -17,7 +17,7 @@ import model
 import speculate
 import train
 from conftest import TARGET, assert_refused, run_process, run_script, tiny_llama
-from data import files, tokenizer
+from data import files, report, tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_kept_states_spare_finetune_the_targets_pass(folders, tmp_path, monkeypa
     states, tokens, where = distill.TargetStates(target, folders / "target", torch.float32), *train.collate(examples, "cpu")
     expected = target.hidden(tokens)[where]
     monkeypatch.setattr(target, "hidden", None)          # nothing is computed again
-    torch.testing.assert_close(states.read(examples, "cpu"), expected, rtol=0, atol=0.01)    # generate rounds the weights to fp16
+    torch.testing.assert_close(states.read(examples), expected, rtol=0, atol=0.01)    # generate rounds the weights to fp16
 
 
 def test_resume_yields_exactly_the_missing_records_and_touches_none_of_the_others(folders, tmp_path, monkeypatch):
@@ -177,6 +177,30 @@ def test_the_end_token_is_trained_only_where_the_answer_ended_by_itself(folders,
     assert [following[i][where[i]].tolist() for i in range(4)] == answers
 
 
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_the_fast_form_equals_the_five_lines_for_every_loss_and_chunk(folders, records, name):
+    tok = tokenizer.load(folders / "target")
+    target, draft = model.load(folders / "target").requires_grad_(False), model.load(folders / "draft")
+    batch = train.read_examples(records, tok, 512)[3:8]
+    tokens, answer = train.collate(batch, "cpu")
+    N = int(answer.sum())
+    exact = SimpleNamespace(read=lambda batch: target.hidden(tokens)[answer])      # states that half precision did not round
+    found = []
+    for chunk in (None, 1, 7, N - 1, N, N + 1):
+        loss = losses.choose(name, generator=torch.Generator().manual_seed(1) if "sampled" in name else None)
+        if chunk is None:
+            value = distill.distillation_loss(draft, target, tokens, answer, loss)
+            value.backward()
+        else:
+            value, _ = distill.distillation_backward(draft, target, exact, batch, loss, 1.0, chunk)
+        found.append((float(torch.as_tensor(value).detach()), [weight.grad.clone() for weight in draft.parameters()]))
+        draft.zero_grad()
+    for value, gradients in found[1:]:
+        assert value == pytest.approx(found[0][0], rel=1e-4)
+        for ours, expected in zip(gradients, found[0][1]):
+            torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 4096])
 @pytest.mark.parametrize("name", losses.LOSSES)
 def test_the_chunked_backward_equals_whole_logits(folders, records, name, chunk):
@@ -186,7 +210,7 @@ def test_the_chunked_backward_equals_whole_logits(folders, records, name, chunk)
     states = distill.TargetStates(target, folders / "target", torch.float32)
     batch = examples[3:8]
     loss = losses.choose(name, generator=torch.Generator().manual_seed(1) if "sampled" in name else None)
-    value, alpha = distill.distillation_backward(draft, target, states, batch, loss, 0.7, chunk, "cpu", None)
+    value, alpha = distill.distillation_backward(draft, target, states, batch, loss, 0.7, chunk)
     gradients = [weight.grad.clone() for weight in draft.parameters()]
     draft.zero_grad()
     q, p = [], []
@@ -227,7 +251,7 @@ def test_with_a_draft_vocabulary_both_are_renormalised_over_it_and_some_others(f
     draft.draft_vocabulary = ids
     states = distill.TargetStates(target, folders / "target", torch.float32)
     batch = examples[3:8]
-    value, _ = distill.distillation_backward(draft, target, states, batch, losses.LOSSES["kld"], 1.0, 7, "cpu", torch.Generator().manual_seed(3))
+    value, _ = distill.distillation_backward(draft, target, states, batch, losses.LOSSES["kld"], 1.0, 7, torch.Generator().manual_seed(3))
     gradients = [weight.grad.clone() for weight in draft.parameters()]
     draft.zero_grad()
     drawn = torch.tensor(others)[torch.randperm(len(others), generator=torch.Generator().manual_seed(3))[:3]]
@@ -247,7 +271,7 @@ def test_target_states_are_computed_once_and_survive_in_the_cache(folders, recor
     examples = train.read_examples(records, tok, 512)
     batch = examples[:4]
     tokens, where = train.collate(batch, "cpu")
-    first = distill.TargetStates(target, folders / "target", torch.float32).read(batch, "cpu")
+    first = distill.TargetStates(target, folders / "target", torch.float32).read(batch)
     torch.testing.assert_close(first, target.hidden(tokens)[where], rtol=1e-3, atol=1e-3)
     computed = []
 
@@ -257,31 +281,23 @@ def test_target_states_are_computed_once_and_survive_in_the_cache(folders, recor
         return states
     monkeypatch.setattr(distill.train, "collate", lambda new, device, collate=train.collate: computed.extend(new) or collate(new, device))
     again = open_again()
-    assert again.read(batch, "cpu").equal(first) and not computed
+    assert again.read(batch).equal(first) and not computed
     # Other records, in another order: only those that are new are computed.
     mixed = [examples[9], examples[2], examples[5]]
-    states = again.read(mixed, "cpu")
+    states = again.read(mixed)
     assert computed == [examples[9], examples[5]]
     tokens, where = train.collate(mixed, "cpu")
     torch.testing.assert_close(states, target.hidden(tokens)[where], rtol=1e-3, atol=1e-3)
-    # Two runs at once: what one has computed the other, opened before, computes too; both files are whole.
-    other, third = open_again(), open_again()
-    for run in (other, third):
-        run.read(examples[10:12], "cpu")
-    assert computed == examples[10:12] * 2 and other.own.name != third.own.name
-    # A kill while a record was written, at any byte of it: what is whole is used, the rest is computed again.
-    size, path = os.path.getsize(again.own.name), again.own.name
-    block = 24 + mixed[-1].count * target.config.hidden_size * 2
-    for cut in (block - 1, 25, 24, 23, 16, 15, 1, 0):
-        os.truncate(path, size - block + cut)
-        again = open_again()
-        assert again.read(batch, "cpu").equal(first) and not computed
-        assert again.read(mixed, "cpu").equal(states) and computed == [examples[5]]
-        os.remove(again.own.name)
-    with open(path, "ab") as torn:
-        torn.write(b"\xff" * 40)                     # no record at all
+    # A kill while a record is written leaves it out; a full disk loses nothing that was there.
+    def full(file, array):
+        file.write(b"half")
+        raise OSError("No space left on device")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(np, "save", full)
+        again.read(examples[20:21])
     again = open_again()
-    assert again.read(mixed, "cpu").equal(states) and computed == [examples[5]]
+    assert again.read(mixed).equal(states) and not computed and not list(again.folder.glob("*.tmp"))
+    assert len(again.read(examples[20:21])) == examples[20].count and computed == examples[20:21]
     # All that decides the states decides the folder: each shard's content, config.json, the dtype.
     names = {again.folder, distill.TargetStates(target, folders / "target", torch.bfloat16).folder}
     copy = tmp_path / "copy"
@@ -295,9 +311,6 @@ def test_target_states_are_computed_once_and_survive_in_the_cache(folders, recor
         path.write_bytes(content.replace(old, new) if old else new)
         names.add(distill.TargetStates(target, copy, torch.float32).folder)
     assert len(names) == 6
-    monkeypatch.setattr(again, "own", SimpleNamespace(name="f", seek=lambda *_: 0, write=lambda content: 5))
-    with pytest.raises(OSError, match="the disk is full"):
-        again.read(examples[20:21], "cpu")
 
 
 def test_rows_outside_the_draft_vocabulary_keep_their_values(folders, records, tmp_path, monkeypatch):
@@ -366,7 +379,7 @@ def test_bad_input_to_finetune_is_one_sentence(folders, records, tmp_path, monke
     refused("record 1: needs messages", data=tmp_path / "bad.jsonl")
     (tmp_path / "bad.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}], "response_ids": [99999], "ended": true}\n')
     refused("no token of", data=tmp_path / "bad.jsonl")
-    refused("learning-rate is 0.0", "--learning-rate", 0)
+    refused("--learning-rate: is 0; expected a number above 0", "--learning-rate", 0)
     refused("training went out of bounds", "--eval-records", 8, "--learning-rate", 1e30, "--steps", 9, "--warm-up", 0)
     shutil.copytree(folders / "draft", folders / "other")
     (folders / "other" / "tokenizer.model").unlink()
@@ -394,7 +407,7 @@ def test_cached_states_give_the_targets_distributions_back():
     for e in examples:
         tokens, where = train.collate([e], "cpu")
         with torch.no_grad():
-            kept = states.read([e], "cpu")
+            kept = states.read([e])
             truth, p_logits, q_logits = (f(x) for f, x in ((target.head, target.hidden(tokens)[where]), (target.head, kept), (draft.head, draft.hidden(tokens)[where])))
             kl += losses.kld(p_logits, truth).sum().item()
             exact += losses.overlap(q_logits, truth).sum().item()
@@ -420,7 +433,7 @@ def compared(trained_world, tmp_path_factory):
                                        "    return 1 - (p * q + 1e-20).sqrt().sum(-1)\n")
     arguments = ("distill.py", "compare", *in_world(trained_world, "target", "draft", "data", "pretrain-data", "dev", "test"),
                  "--losses", "kld", "tvd++-sampled", f"{folder / 'my_loss.py'}:hellinger", "--seeds", 1, "--steps", 24, "--learning-rates", 3e-3, 1e-2,
-                 "--prompts", 2, "--gamma", 3, "--samples", 2, "--baseline", "leave-one-out", "--threads", 1, "--device", "cpu", "--out", folder / "out")
+                 "--prompts", 2, "--gamma", 3, "--samples", 2, "--eval-every", 2, "--baseline", "leave-one-out", "--threads", 1, "--device", "cpu", "--out", folder / "out")
     done = run_script(*arguments)
     assert done.returncode == 0, done.stderr
     return folder / "out", done.stdout, arguments
@@ -450,10 +463,28 @@ def test_compare_goes_on_where_it_stopped(compared):
     assert steps() == before
 
 
+def test_compare_trains_again_what_an_edited_loss_gives(compared):
+    """Same length, same second: neither the name, the size nor the time of the file tells."""
+    folder, said, arguments = compared
+    path = folder.parent / "my_loss.py"
+    text, before = path.read_text(), os.stat(path)
+    alphas = {}
+    for version, edited in (("first", text), ("edited", text.replace("1 - (p", "1 + (p")), ("first again", text)):
+        path.write_text(edited)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert os.stat(path).st_size == before.st_size
+        done = run_script(*arguments)
+        assert done.returncode == 0, done.stderr
+        rows = json.loads((folder / "compare.json").read_text())["runs"]
+        alphas[version] = [run["alpha, topics"] for run in rows if "hellinger" in run["loss"] and "dev_alpha" not in run]
+    assert alphas["first"] == alphas["first again"] and alphas["edited"][0] < alphas["first"][0] - 0.1
+    assert len(list(folder.glob("*/log.jsonl"))) == 8                 # the edited loss at two rates; nothing else anew
+
+
 def test_intervals_over_seeds_are_students():
-    mean, half = distill.mean_and_interval([1.0, 2.0, 3.0])
+    mean, half = report.mean_and_interval([1.0, 2.0, 3.0])
     assert mean == 2 and half == pytest.approx(4.303 * 1 / 3 ** 0.5, rel=1e-3)
-    assert np.isnan(distill.mean_and_interval([1.0])[1])
+    assert np.isnan(report.mean_and_interval([1.0])[1])
 
 
 def test_alignment_raises_alpha_beyond_its_interval_and_the_report_says_so(trained_world, tmp_path):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import train
-from data import files
+from data import files, pretrain_text
 from data import tokenizer as tokenizers
 from model import Config, Llama, load, save
 
@@ -86,7 +86,7 @@ def without_time(rows):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
-def test_chunked_loss_and_gradient_equal_cross_entropy_in_one_piece(tied, chunk):
+def test_chunked_loss_and_gradient_equal_cross_entropy_in_one_piece(tied, chunk, monkeypatch):
     torch.manual_seed(0)
     model = Llama(Config(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                          num_key_value_heads=2, tie_word_embeddings=tied))
@@ -97,14 +97,17 @@ def test_chunked_loss_and_gradient_equal_cross_entropy_in_one_piece(tied, chunk)
     (0.25 * whole).backward()
     expected = [weight.grad.clone() for weight in model.parameters()]
     model.zero_grad()
-    rows_at_once, head = [], model.whole_head
-    model.whole_head = lambda hidden: rows_at_once.append(len(hidden)) or head(hidden)
+    rows_at_once, linear = [], F.linear
+    monkeypatch.setattr(train.F, "linear", lambda x, w, *bias: (rows_at_once.append(len(x)) if len(w) == 61 else None, linear(x, w, *bias))[1])
     loss = train.next_token_loss_backward(model, tokens, scale=0.25, chunk=chunk)
     assert not loss.requires_grad and loss.item() == pytest.approx(whole.item(), rel=1e-6)
     for weight, gradient in zip(model.parameters(), expected):
         torch.testing.assert_close(weight.grad, gradient, rtol=1e-4, atol=1e-6)
     assert max(rows_at_once) <= chunk and sum(rows_at_once) == 27  # no more logits than a chunk's live at once
-    assert train.evaluate(model, [(row[None], None) for row in tokens]) == pytest.approx(whole.item(), rel=1e-6)
+    monkeypatch.undo()
+    everywhere = torch.ones(1, 10, dtype=torch.bool)
+    assert train.next_token_loss(model, tokens).item() == pytest.approx(whole.item(), rel=1e-6)
+    assert train.evaluate(model, [(row[None], everywhere) for row in tokens]) == pytest.approx(whole.item(), rel=1e-6)
 
 
 def test_gradients_of_several_passes_add_up():
@@ -137,13 +140,13 @@ def test_a_predictable_sequence_is_learnt_and_random_tokens_are_not(run, tokeniz
 
 def test_windows_lie_inside_the_file_and_reach_both_ends():
     tokens = np.arange(21, dtype="<u2")
-    batch = train.sample_batch(tokens, 400, 4, torch.Generator().manual_seed(0))
+    batch = pretrain_text.sample(tokens, 400, 4, torch.Generator().manual_seed(0))
     assert batch.shape == (400, 5) and torch.equal(batch - batch[:, :1], torch.arange(5).expand(400, 5))
     assert batch.min() == 0 and batch.max() == 20
-    windows = train.evaluation_windows(tokens, 4)
+    windows = pretrain_text.spread(tokens, 4, 64)
     assert windows[:, 0].tolist() == [0, 4, 8, 12, 16]
-    assert train.evaluation_windows(tokens, 4, count=2)[:, 0].tolist() == [0, 16]
-    assert train.evaluation_windows(tokens[:5], 4).tolist() == [[0, 1, 2, 3, 4]]
+    assert pretrain_text.spread(tokens, 4, 2)[:, 0].tolist() == [0, 16]
+    assert pretrain_text.spread(tokens[:5], 4, 64).tolist() == [[0, 1, 2, 3, 4]]
 
 
 # ---- optimiser and schedule ----
@@ -243,9 +246,8 @@ def test_embed_from_and_init_are_what_training_starts_from(run, refused, tokeniz
 
     again = run("--steps", "1", out=tmp_path / "again", start=("--init", str(tmp_path / "drafter")))
     assert again[0]["eval_loss"] == files.read_jsonl(tmp_path / "drafter" / "log.jsonl")[-1]["eval_loss"]
-    with pytest.raises(SystemExit) as stop:  # a preset or a folder: which?
-        run(start=("--init", str(tmp_path / "drafter"), "--model", "tiny-drafter"), out=tmp_path / "both")
-    assert stop.value.code == 2
+    both = refused(start=("--init", str(tmp_path / "drafter"), "--model", "tiny-drafter"), out=tmp_path / "both")
+    assert "not allowed with argument --init" in both    # a preset or a folder: which?
     save(Llama(Config(vocab_size=size + 1, hidden_size=48, intermediate_size=8, num_hidden_layers=1)), tmp_path / "other")
     assert "of the same tokenizer" in refused("--embed-from", str(tmp_path / "other"))
     assert "of the same tokenizer" in refused(start=("--init", str(tmp_path / "other")))
@@ -295,7 +297,7 @@ def test_a_killed_run_resumes_to_the_losses_of_an_unbroken_one(run, tokenizer_fo
 def test_a_kill_between_the_two_files_of_a_checkpoint_does_no_harm(run, tokenizer_folder, random_data, tmp_path):
     unbroken = run(out=tmp_path / "unbroken")
     broken = tmp_path / "broken"
-    killed(tokenizer_folder, random_data, broken, at=2, where="save_model")  # training.pt is of step 10, the model of 5
+    killed(tokenizer_folder, random_data, broken, at=2, where="model.save")  # training.pt is of step 10, the model of 5
     assert torch.load(broken / "training.pt", weights_only=True)["step"] == 10
     assert without_time(run("--resume", out=broken)) == without_time(unbroken)
 
@@ -345,7 +347,7 @@ def test_an_existing_model_is_not_overwritten(run, refused, tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(run, refused, monkeypatch, tmp_path):
-    assert "nothing was saved yet" in refused("--learning-rate", "1e25", out=tmp_path / "hot")
+    assert "is empty" in refused("--learning-rate", "1e25", out=tmp_path / "hot")
     assert not (tmp_path / "hot" / "training.pt").exists()
 
     losses, real = [], train.next_token_loss_backward
@@ -363,7 +365,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(run, re
 def test_bad_input_is_one_sentence(refused, tokenizer_folder, tmp_path, random_data):
     assert "no such file; python data/pretrain_text.py writes" in refused(data=tmp_path / "none")
     assert "lower --context" in refused("--context", "2000")  # eval.bin holds exactly 2000: one too few
-    assert "--steps is 0" in refused("--steps", "0")
+    assert "--steps: is 0; expected at least 1" in refused("--steps", "0").replace("a whole number ", "")
     assert "float16" in refused("--dtype", "float16")
 
     wrong = write_data(tmp_path / "wrong", tokenizer_folder, np.arange(100))
@@ -468,6 +470,34 @@ def test_chat_tuning_learns_to_answer_and_resumes_exactly(chat_folder, sentencep
         patch.setattr(train, "require_finite", killed)
         tune(chat_folder, sentencepiece_folder, tmp_path / "broken", *flags)
     assert without_time(tune(chat_folder, sentencepiece_folder, tmp_path / "broken", *flags, "--resume")) == without_time(unbroken)
+
+
+def test_a_batch_is_one_mean_however_many_passes_it_takes(tmp_path, sentencepiece_folder, steps_taken, monkeypatch):
+    """Answers of 2 to 30 tokens: each pass must count by its positions, not as one of four or of sixteen."""
+    rows = [{"messages": [{"role": "user", "content": f"count {i}"}], "response": "on and " * (1 if i % 4 else 12) + "stop"} for i in range(200)]
+    files.write_jsonl(tmp_path / "chat.jsonl", rows)
+    monkeypatch.setattr(train, "batch_at", lambda examples, size, seed, number: examples[number * size:(number + 1) * size])
+    norms, logs = steps_taken[0], []
+    for batch, accumulate in ((16, 1), (4, 4), (1, 16)):
+        logs.append(tune(tmp_path / "chat.jsonl", sentencepiece_folder, tmp_path / f"out{batch}", "--batch-size", str(batch), "--accumulate",
+                         str(accumulate), "--clip", "0", "--context", "96", "--steps", "3"))
+    for pieces, log in enumerate(logs):
+        assert norms[3 * pieces:3 * pieces + 3] == pytest.approx(norms[:3], rel=1e-3)
+        assert [row["loss"] for row in log[:3]] == pytest.approx([row["loss"] for row in logs[0][:3]], rel=1e-4)
+        assert [row["tokens"] for row in log] == [row["tokens"] for row in logs[0]]
+
+
+def test_all_answers_to_a_prompt_are_held_out_together():
+    for per_prompt, count in ((1, 9), (2, 9), (3, 32)):
+        examples = [train.Example([1, prompt, 2, 10 + k], 3) for prompt in range(100) for k in range(per_prompt)]
+        training, held_out = train.hold_out(examples, count)
+        sides = [{tuple(e.tokens[:e.first]) for e in side} for side in (training, held_out)]
+        assert not sides[0] & sides[1] and len(training) + len(held_out) == len(examples)
+        assert len(sides[1]) == math.ceil(100 / math.ceil(100 / count)) and len(held_out) == per_prompt * len(sides[1])
+    documents = [train.Example([1, 5 + i, 7], 1) for i in range(40)]             # a bare start: no prompt in common
+    assert len(train.hold_out(documents, 10)[1]) == 10
+    with pytest.raises(ValueError, match="100 prompts"):
+        train.hold_out(examples, 100)
 
 
 def test_every_conversation_comes_once_an_epoch(chat_folder, sentencepiece_folder):
