@@ -476,13 +476,15 @@ def compare(args):
         return one, files.read_jsonl(options.out / "log.jsonl")
 
     def measure(draft):
-        """Acceptance rate at temperature 1 and greedy tau at each gamma, by task."""
+        """Acceptance rate at temperature 1, and tau, greedy and at temperature 1, by task."""
         row = {}
         for task, examples in answers["test"].items():
             row[f"alpha, {task}"] = acceptance(draft, target, states, examples)
             chosen = [p for p in prompts if p["task"] == task][:args.prompts]
             for gamma in args.gamma:
-                row[f"tau {gamma}, {task}"] = mean_tau(target, draft, tok, chosen, gamma)
+                row[f"tau {gamma}, {task}"] = mean_tau(target, draft, tok, chosen, gamma, 0.0)
+                sampled = mean_tau(target, draft, tok, chosen, gamma, 1.0)
+                row[f"tau {gamma} at T = 1, {task}"] = sampled
         return row
 
     runs, curves, best, before = [], {}, {}, measure(draft)
@@ -528,12 +530,13 @@ def read_answers(target, tok, prompts, path):
     return found
 
 
-def mean_tau(target, draft, tok, prompts, gamma):
-    """Block efficiency of greedy speculative decoding over these prompts, 64 tokens each."""
+def mean_tau(target, draft, tok, prompts, gamma, temperature):
+    """Block efficiency of speculative decoding over these prompts, 64 tokens each."""
     device = target.embed_tokens.weight.device
+    generator = torch.Generator(device).manual_seed(0)
     made = [speculate.speculative_generate(
         target, draft, torch.tensor([tok.chat_prompt(p["messages"])], device=device), 64, gamma,
-        0.0, 1.0, tok.eos_ids) for p in prompts]
+        temperature, 1.0, tok.eos_ids, generator) for p in prompts]
     new = sum(len(m.tokens) - 1 for m in made)
     return new / max(1, sum(m.target_calls for m in made))
 
