@@ -147,20 +147,12 @@ def align(draft, target, states, training, held_out, pretraining, tok, args):
 
 
 def load_pair(args):
-    """(tok, target, draft) of --target and --draft. ValueError if they do not share a tokenizer."""
+    """(tok, target, draft) of --target and --draft, weights in fp32 whatever --dtype is."""
     device, _ = files.set_up(args)
-    tok, draft_tok = tokenizer.load(args.target), tokenizer.load(args.draft)
-    if tok.fingerprint != draft_tok.fingerprint:
-        raise ValueError(f"{args.draft} has another tokenizer than {args.target} "
-                         f"({draft_tok.vocab_size} and {tok.vocab_size} tokens, not the same "
-                         f"ones): a drafter must share its target's tokenizer")
-    target = model.load(args.target, device).requires_grad_(False)
-    draft = model.load(args.draft, device)   # fp32 weights also where --dtype is bfloat16: train.py
-    if draft.config.vocab_size != target.config.vocab_size:
-        raise ValueError(f"draft vocabulary {draft.config.vocab_size} does not match target "
-                         f"vocabulary {target.config.vocab_size}: a drafter must share its "
-                         f"target's tokenizer")
-    return tok, target, draft
+    tok = tokenizer.load_pair(args.target, args.draft)
+    target, draft = (model.load(folder, device, vocab_size=tok.vocab_size)
+                     for folder in (args.target, args.draft))
+    return tok, target.requires_grad_(False), draft
 
 
 def read_training(args, tok):
@@ -422,7 +414,7 @@ def generate(args):
     prompts, stop_ids = files.read_prompts(args.prompts) if args.prompts else None, ()
     device, dtype = files.set_up(args)
     tok = tokenizer.load(args.target)
-    target = model.load(args.target, device, dtype).for_decoding()
+    target = model.load(args.target, device, dtype, tok.vocab_size).for_decoding()
     print(f"target {args.target}: {target.parameter_count() / 1e6:.1f} M parameters")
     if args.self_instruct:
         self_instruct(target, tok, args.self_instruct, instructions, args)
@@ -470,7 +462,7 @@ def compare(args):
             "out", "losses", "learning_rates", "seeds", "dev", "test", "gamma", "prompts")}
         key = files.fingerprint(known, losses.file_of(name), states.folder.name, args.data)[:8]
         options.out = args.out / re.sub(r"[^\w+-]", "_", f"{name}-{rate:g}-{seed}-{key}")
-        one = model.load(args.draft, target.embed_tokens.weight.device)
+        one = model.load(args.draft, target.embed_tokens.weight.device, vocab_size=tok.vocab_size)
         with open(args.out / "output.log", "a") as log, contextlib.redirect_stdout(log):
             align(one, target, states, training, held_out, pretraining, tok, options)
         return one, files.read_jsonl(options.out / "log.jsonl")

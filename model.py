@@ -289,7 +289,7 @@ class KVCache:
     def keep(self, rows):
         """Keep only these rows (an index tensor): rows that have ended stop costing time."""
         for both in (self.k, self.v):
-            for layer, kept in enumerate(both):          # one at a time: two whole caches may not fit
+            for layer, kept in enumerate(both):       # one by one: two caches may not fit
                 both[layer] = kept[rows]
         self.start = self.start[rows] if self.start is not None else None
 
@@ -449,9 +449,12 @@ def split_weights(llama):
     return result
 
 
-def load(folder, device="cpu", dtype=torch.float32):
+def load(folder, device="cpu", dtype=torch.float32, vocab_size=None):
     """Read a model folder: config.json and model.safetensors, or the shards that
     model.safetensors.index.json lists; fp32, fp16 or bf16 on disk.
+
+    vocab_size: the tokenizer's. Embeddings are often padded to a round number of rows; those behind
+    it stand for no token, and are left out here, so that sizes agree everywhere else.
 
     ValueError says which file is missing, damaged or of another kind.
     """
@@ -474,6 +477,14 @@ def load(folder, device="cpu", dtype=torch.float32):
     unused = ("rotary_emb.inv_freq", "lm_head.weight" if config.tie_word_embeddings else "-")
     weights = {name: weight.to(device=device, dtype=dtype) for name, weight in weights.items()
                if not name.endswith(unused)}
+    if vocab_size is not None:
+        if vocab_size > config.vocab_size:
+            raise ValueError(f"{folder}: a model of {config.vocab_size} tokens with a tokenizer of "
+                             f"{vocab_size}: the tokenizer is another model's; copy it again")
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            if name in weights and len(weights[name]) == config.vocab_size > vocab_size:
+                weights[name] = weights[name][:vocab_size].clone()
+        config.vocab_size = vocab_size
     with torch.device("meta"):
         llama = Llama(config)                            # shapes only: no memory, no random numbers
     expected = {name: tuple(weight.shape) for name, weight in split_weights(llama).items()}

@@ -22,7 +22,6 @@ import contextlib
 import itertools
 import json
 import os
-import platform
 import sys
 import time
 from dataclasses import dataclass, field
@@ -33,7 +32,7 @@ import torch
 
 import losses
 import model
-from data import files, tokenizer
+from data import files, report, tokenizer
 
 
 # ---- The loop ----------------------------------------------------------------------------------
@@ -300,7 +299,7 @@ def pass_seconds(llama, width, context=128, repeats=5):
 
 MARKS = {"colour": {"accepted": ("\033[32m", "\033[0m"), "corrected": ("\033[31m", "\033[0m"),
                     "bonus": ("\033[36m", "\033[0m")},
-         "brackets": {"accepted": ("", ""), "corrected": ("[", "]"), "bonus": ("{", "}")},
+         "brackets": {"accepted": ("[", "]")},
          "plain": {}}                             # by where a token came from
 
 
@@ -320,8 +319,9 @@ def answer(pair, messages, args, style):
     for made in speculative_stream(target, draft, tokens, args.max_new_tokens, args.gamma[0],
                                    args.temperature, args.top_p, tok.eos_ids, None, args.verify,
                                    choose):
-        for token, kind in zip(made.tokens[shown:], made.kinds[shown:]):
-            piece = decoder.push(token)
+        new = zip(made.kinds[shown:], made.tokens[shown:])
+        for kind, run in itertools.groupby(new, key=lambda pair: pair[0]):
+            piece = "".join(decoder.push(token) for _, token in run)
             before, after = MARKS[style].get(kind, ("", "")) if piece else ("", "")
             print(before + piece + after, end="", flush=True)
             text += piece
@@ -335,6 +335,28 @@ def answer(pair, messages, args, style):
           f"gamma {'auto' if choose else args.gamma[0]}  tau {tau}  alpha {alpha}",
           file=sys.stderr if style == "plain" else sys.stdout)
     return text + rest
+
+
+def first_minute(pair, args, style):
+    """One question to the tiny pair, traced; the same text by plain decoding; what to try next."""
+    target, draft, tok, device, _ = pair
+    question = "What does a rabbit look like?"
+    for llama in (target, draft):                 # warms up
+        pass_seconds(llama, 2)
+    print(f"\n{question}")
+    messages = [{"role": "user", "content": question}]
+    text = answer(pair, messages, args, style)
+    tokens, begin = torch.tensor([tok.chat_prompt(messages)], device=device), time.perf_counter()
+    made = autoregressive_generate(target, tokens, args.max_new_tokens, args.temperature,
+                                   args.top_p, tok.eos_ids)
+    seconds = time.perf_counter() - begin
+    same = tok.decode([token for token in made.tokens if token not in tok.eos_ids]) == text
+    print(f"    plain decoding: {len(made.tokens)} tokens in {seconds:.1f} s "
+          f"({len(made.tokens) / seconds:.1f}/s), {'the same text' if same else 'another text'}\n"
+          f"    tau is tokens a pass of the target; alpha the share of guesses that were kept\n"
+          f"next: python speculate.py --chat      ask this pair about animals, food, tools, jobs...\n"
+          f"      python losses.py                the losses' noise: a table and a picture\n"
+          f"      make demo                       train this pair from nothing, 8 minutes")
 
 
 def chat(pair, args, style):
@@ -397,14 +419,15 @@ def bench(pair, args):
         rows = []
         for task, gamma in itertools.product([*dict.fromkeys(tasks), "all"], args.gamma):
             chosen = [run for run, its in zip(runs[gamma], tasks) if task in (its, "all")]
-            rows.append(summarise(task, gamma, chosen, args, verify_costs[gamma], draft_cost, size))
-        result = {"target": str(args.target), "draft": str(args.draft), "machine": machine(),
+            rows.append(report.bench_row(task, gamma, chosen, args, verify_costs[gamma], draft_cost,
+                                         size))
+        result = {"target": str(args.target), "draft": str(args.draft), "machine": report.machine(),
                   "size_ratio": size, "verify": args.verify, "rows": rows,
                   "mismatches": mismatches}
         if args.json:                             # after every prompt: a kill leaves what there is
             with files.atomic(args.json) as temporary:
                 temporary.write_text(json.dumps(result, indent=1) + "\n")
-    print_rows(result, args)
+    report.print_bench(result, args)
 
 
 def timed(pair, args, ids, gamma, number):
@@ -423,76 +446,6 @@ def timed(pair, args, ids, gamma, number):
     prompt_seconds = time.perf_counter() - begin
     *_, made = made, *stream
     return made, time.perf_counter() - begin, prompt_seconds
-
-
-def summarise(task, gamma, runs, args, verify_cost, draft_cost, size):
-    """One row of figures over these prompts; runs: (plain, speculative) results of timed()."""
-    # One row a prompt; columns: plain tokens and seconds, speculative tokens and seconds, accepted,
-    # drafted, and the seconds behind the prompt, plain and speculative.
-    table = np.array([[len(a.tokens), s, len(b.tokens), t, b.accepted, b.drafted, s - s0, t - t0]
-                      for (a, s, s0), (b, t, t0) in runs])
-    # Bootstrap: prompts drawn with replacement, 2,000 times: what other such prompts would give.
-    picks = np.random.default_rng(args.seed).integers(len(runs), size=(2000, len(runs)))
-    total, drawn, texts = table.sum(0), table[picks].sum(1), [b for _, (b, _, _) in runs]
-    plain, speculative = total[0] / total[1], total[2] / total[3]
-    speedups = (drawn[:, 2] / drawn[:, 3]) / (drawn[:, 0] / drawn[:, 1])
-    calls, whole = sum(b.target_calls for b in texts), np.zeros(gamma + 1, int)
-    for b in texts:                               # whole blocks: neither cut nor shortened
-        for drafted, kept in b.blocks[:-1] if b.cut else b.blocks:
-            whole[kept] += drafted == gamma
-    tau = (total[2] - len(runs)) / calls if calls else None
-    row = {"task": task, "gamma": gamma, "temperature": args.temperature, "top_p": args.top_p,
-           "prompts": len(runs), "new_tokens": int(total[2]), "tau": tau, "alpha": None,
-           "alpha_low": None, "alpha_high": None, "alpha_analytic": None,
-           "mbsu": tau and tau / (size * gamma + 1),
-           "plain_tokens_per_s": plain, "speculative_tokens_per_s": speculative,
-           "speedup": speculative / plain, "speedup_low": float(np.percentile(speedups, 2.5)),
-           "speedup_high": float(np.percentile(speedups, 97.5)), "decoding_speedup": None,
-           "speedup_predicted": tau and tau / (gamma * draft_cost + verify_cost),
-           "greedy_mismatches": None, "kept_histogram": whole.tolist()}
-    if calls:                                     # the prompt's pass gave each first token
-        first = len(runs)
-        row["decoding_speedup"] = (total[2] - first) / total[7] / ((total[0] - first) / total[6])
-    if args.verify == "token" and total[5]:       # the block rule knows no first refusal
-        alphas = drawn[drawn[:, 5] > 0]
-        low, high = np.percentile(alphas[:, 4] / alphas[:, 5], [2.5, 97.5]).tolist()
-        row |= {"alpha": total[4] / total[5], "alpha_low": low, "alpha_high": high,
-                "alpha_analytic": sum(b.overlap for b in texts) / total[5]}
-    if args.temperature == 0:
-        row["greedy_mismatches"] = sum(a.tokens != b.tokens for (a, *_), (b, *_) in runs)
-    return row
-
-
-def print_rows(result, args):
-    """The table, and acceptance by position."""
-    keys = ("task", "gamma", "prompts", "tau", "alpha", "alpha_analytic", "mbsu",
-            "plain_tokens_per_s", "speculative_tokens_per_s", "speedup", "speedup_low",
-            "speedup_high", "decoding_speedup", "speedup_predicted", "greedy_mismatches")
-    print(f"{result['machine']}; drafter / target parameters c = {result['size_ratio']:.3f}; "
-          f"temperature {args.temperature}, top-p {args.top_p}, rule {args.verify}")
-    print("| " + " | ".join(keys).replace("_", " ") + " |\n" + "|---" * len(keys) + "|")
-    for row in result["rows"]:
-        cells = (f"{row[key]:.2f}" if isinstance(row[key], float) else row[key] for key in keys)
-        print("| " + " | ".join("-" if cell is None else str(cell) for cell in cells) + " |")
-    for row in result["rows"][-len(args.gamma):]:
-        # at_least[k]: whole blocks that kept k guesses or more.
-        at_least = np.array(row["kept_histogram"])[::-1].cumsum()[::-1]
-        if at_least[0]:
-            reached = " ".join(f"{n / at_least[0]:.2f}" for n in at_least[1:])
-            after = " ".join(f"{b / a:.2f}" if a else "-" for a, b in zip(at_least, at_least[1:]))
-            print(f"gamma {row['gamma']}, {at_least[0]} whole blocks; guess 1, 2, ... was kept in "
-                  f"{reached} of all blocks, and in {after} of those that kept all before it")
-    if args.json:
-        print(f"wrote {args.json}")
-
-
-def machine():
-    """One line that says what the figures were measured on."""
-    name, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if info.is_file() and "model name" in (text := info.read_text()):
-        name = text.split("model name", 1)[1].splitlines()[0].split(":")[1].strip()
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{name}, {torch.get_num_threads()} threads{gpu}, torch {torch.__version__}"
 
 
 def report_mismatch(target, prompt, plain, spec, number, gamma):
@@ -514,57 +467,68 @@ def report_mismatch(target, prompt, plain, spec, number, gamma):
 
 # ---- Command line ------------------------------------------------------------------------------
 
+TINY = Path("data/tiny_world")                   # a trained pair that comes with the code
+
+
+def gamma_flag(text):
+    return text if text == "auto" else files.between("[1, 64]", int)(text)
+
+
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--target", type=Path, required=True, help="the chat model's folder")
-    add("--draft", type=Path, required=True, help="the drafter's folder, of the same tokenizer")
-    what = parser.add_mutually_exclusive_group(required=True)
+    parser = files.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, number = parser.add_argument, files.between
+    add("--target", type=Path, help="the chat model's folder (default: the tiny trained pair's)")
+    add("--draft", type=Path, help="the drafter's folder, of the same tokenizer")
+    what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", help="answer this and stop")
     what.add_argument("--chat", action="store_true", help="a conversation in the terminal")
     what.add_argument("--bench", type=Path, metavar="FILE",
                       help="time all prompts of a JSON lines file against plain decoding")
-    add("--gamma", type=lambda text: text if text == "auto" else int(text), nargs="+",
-        help="guesses a block (default 3, --chat auto); several for --bench. auto measures passes, "
-             "so above temperature 0 a seed fixes the text's distribution, not the text")
+    add("--gamma", type=gamma_flag, nargs="+", help="guesses a block (default 3, --chat auto); "
+        "several for --bench. auto measures passes, so above temperature 0 a seed fixes the text's "
+        "distribution, not the text")
     add("--verify", default="token", choices=VERIFY, help="the rule (default token)")
-    add("--temperature", type=float, help="0 is greedy (default 0.6; --bench 0)")
-    add("--top-p", type=float, help="nucleus mass, 1 cuts nothing (default 0.9; --bench 1)")
-    add("--max-new-tokens", type=int, help="default 256; --bench 128")
-    add("--limit", type=int, default=0, metavar="N", help="--bench: N prompts of each task")
+    add("--temperature", type=number("[0, inf)"), help="0 is greedy (default 0.6; --bench 0)")
+    add("--top-p", type=number("(0, 1]"), help="1 cuts nothing (default 0.9; --bench 1)")
+    add("--max-new-tokens", type=number("[1, inf)", int), help="default 256; --bench 128")
+    add("--limit", type=number("[0, inf)", int), default=0, metavar="N",
+        help="--bench: N prompts of each task (default: all)")
     add("--json", type=Path, metavar="OUT", help="--bench: write the figures there")
     add("--trace", default="auto", choices=["auto", *MARKS],
         help="how tokens are told apart (auto: brackets with NO_COLOR, plain in a pipe)")
     files.machine_flags(parser)
     args = parser.parse_args()
-    defaults = {"temperature": (0.6, 0.0), "top_p": (0.9, 1.0), "max_new_tokens": (256, 128)}
-    for name, (ordinary, for_bench) in defaults.items():
+    if (args.target is None) != (args.draft is None):
+        raise ValueError("--target and --draft belong together: give both, or neither for the tiny "
+                         "trained pair")
+    args.first = not (args.prompt or args.chat or args.bench)
+    if args.first and args.prompt is None and args.target is not None:
+        raise ValueError("what to do with this pair? Give --prompt TEXT, --chat or --bench FILE")
+    if args.prompt is not None and not args.prompt.strip():
+        raise ValueError("--prompt is empty: give the text to answer")
+    if args.target is None:
+        args.target, args.draft = TINY / "target", TINY / "drafter-aligned"
+    greedy = args.bench or args.first
+    defaults = {"temperature": 0.0 if greedy else 0.6, "top_p": 1.0 if greedy else 0.9,
+                "max_new_tokens": 128 if args.bench else 256}
+    for name, default in defaults.items():
         if getattr(args, name) is None:
-            setattr(args, name, for_bench if args.bench else ordinary)
+            setattr(args, name, default)
     args.gamma = list(dict.fromkeys(args.gamma or ["auto" if args.chat else 3]))
     if "auto" in args.gamma and args.bench:
         raise ValueError("--bench needs a fixed --gamma: what auto chooses depends on the clock")
-    if "auto" not in args.gamma and min(args.gamma) < 1:
-        raise ValueError(f"--gamma {min(args.gamma)}: a block drafts at least 1 token; for plain "
-                         f"decoding see the column plain of --bench")
-    if args.prompt is not None and not args.prompt.strip():
-        raise ValueError("--prompt is empty: give the text to answer")
     return args
 
 
 def main():
     args = parse()
-    tok, draft_tok = tokenizer.load(args.target), tokenizer.load(args.draft)
-    if tok.fingerprint != draft_tok.fingerprint:
-        raise ValueError(f"{args.draft} has another tokenizer than {args.target} "
-                         f"({draft_tok.vocab_size} and {tok.vocab_size} tokens, not the same "
-                         f"ones): a drafter must share its target's tokenizer")
-    style = trace_style(args.trace)
+    tok, style = tokenizer.load_pair(args.target, args.draft), trace_style(args.trace)
+    if args.first and style == "plain":
+        style = "brackets"
     # In a pipe stdout carries the answer alone.
     with contextlib.redirect_stdout(sys.stderr if style == "plain" else sys.stdout):
         device, dtype = files.set_up(args)
-        target, draft = (model.load(folder, device, dtype).for_decoding()
+        target, draft = (model.load(folder, device, dtype, tok.vocab_size).for_decoding()
                          for folder in (args.target, args.draft))
         print(f"target {target.parameter_count() / 1e6:.1f} M parameters, drafter "
               f"{draft.parameter_count() / 1e6:.1f} M")
@@ -577,8 +541,10 @@ def main():
         print(f"next: python speculate.py --target {args.target} --draft {args.draft} --chat")
     elif args.chat:
         chat(pair, args, style)
-    else:
+    elif args.prompt:
         answer(pair, [{"role": "user", "content": args.prompt}], args, style)
+    else:
+        first_minute(pair, args, style)
 
 
 if __name__ == "__main__":

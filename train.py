@@ -14,7 +14,6 @@ a row, the loss on the answer only. That is how the tiny world's target becomes 
                     --tokenizer out/tiny/tokenizer --out out/tiny/target
 """
 
-import argparse
 import dataclasses
 import json
 import math

@@ -147,6 +147,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, but a wrong flag is one sentence, as all bad input is."""
 
     def error(self, message):
+        message = message.removeprefix("argument ").replace(": is ", " is ", 1)
         raise ValueError(f"{message} ({self.prog} --help lists the flags)")
 
 

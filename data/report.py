@@ -9,10 +9,12 @@ distill.py compare draws its curves with draw_curves().
 import argparse
 import json
 import math
+import platform
 import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 if not __package__:  # run as a script: sys.path[0] is data/, the root is one up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -79,6 +81,76 @@ def draw(path, logs, rows, cases):
     tau_panel.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
+
+
+def bench_row(task, gamma, runs, args, verify_cost, draft_cost, size):
+    """One row of figures over these prompts; runs: (plain, speculative) results of timed()."""
+    # One row a prompt; columns: plain tokens and seconds, speculative tokens and seconds, accepted,
+    # drafted, and the seconds behind the prompt, plain and speculative.
+    table = np.array([[len(a.tokens), s, len(b.tokens), t, b.accepted, b.drafted, s - s0, t - t0]
+                      for (a, s, s0), (b, t, t0) in runs])
+    # Bootstrap: prompts drawn with replacement, 2,000 times: what other such prompts would give.
+    picks = np.random.default_rng(args.seed).integers(len(runs), size=(2000, len(runs)))
+    total, drawn, texts = table.sum(0), table[picks].sum(1), [b for _, (b, _, _) in runs]
+    plain, speculative = total[0] / total[1], total[2] / total[3]
+    speedups = (drawn[:, 2] / drawn[:, 3]) / (drawn[:, 0] / drawn[:, 1])
+    calls, whole = sum(b.target_calls for b in texts), np.zeros(gamma + 1, int)
+    for b in texts:                               # whole blocks: neither cut nor shortened
+        for drafted, kept in b.blocks[:-1] if b.cut else b.blocks:
+            whole[kept] += drafted == gamma
+    tau = (total[2] - len(runs)) / calls if calls else None
+    row = {"task": task, "gamma": gamma, "temperature": args.temperature, "top_p": args.top_p,
+           "prompts": len(runs), "new_tokens": int(total[2]), "tau": tau, "alpha": None,
+           "alpha_low": None, "alpha_high": None, "alpha_analytic": None,
+           "mbsu": tau and tau / (size * gamma + 1),
+           "plain_tokens_per_s": plain, "speculative_tokens_per_s": speculative,
+           "speedup": speculative / plain, "speedup_low": float(np.percentile(speedups, 2.5)),
+           "speedup_high": float(np.percentile(speedups, 97.5)), "decoding_speedup": None,
+           "speedup_predicted": tau and tau / (gamma * draft_cost + verify_cost),
+           "greedy_mismatches": None, "kept_histogram": whole.tolist()}
+    if calls:                                     # the prompt's pass gave each first token
+        first = len(runs)
+        row["decoding_speedup"] = (total[2] - first) / total[7] / ((total[0] - first) / total[6])
+    if args.verify == "token" and total[5]:       # the block rule knows no first refusal
+        alphas = drawn[drawn[:, 5] > 0]
+        low, high = np.percentile(alphas[:, 4] / alphas[:, 5], [2.5, 97.5]).tolist()
+        row |= {"alpha": total[4] / total[5], "alpha_low": low, "alpha_high": high,
+                "alpha_analytic": sum(b.overlap for b in texts) / total[5]}
+    if args.temperature == 0:
+        row["greedy_mismatches"] = sum(a.tokens != b.tokens for (a, *_), (b, *_) in runs)
+    return row
+
+
+def print_bench(result, args):
+    """The table, and acceptance by position."""
+    keys = ("task", "gamma", "prompts", "tau", "alpha", "alpha_analytic", "mbsu",
+            "plain_tokens_per_s", "speculative_tokens_per_s", "speedup", "speedup_low",
+            "speedup_high", "decoding_speedup", "speedup_predicted", "greedy_mismatches")
+    print(f"{result['machine']}; drafter / target parameters c = {result['size_ratio']:.3f}; "
+          f"temperature {args.temperature}, top-p {args.top_p}, rule {args.verify}")
+    print("| " + " | ".join(keys).replace("_", " ") + " |\n" + "|---" * len(keys) + "|")
+    for row in result["rows"]:
+        cells = (f"{row[key]:.2f}" if isinstance(row[key], float) else row[key] for key in keys)
+        print("| " + " | ".join("-" if cell is None else str(cell) for cell in cells) + " |")
+    for row in result["rows"][-len(args.gamma):]:
+        # at_least[k]: whole blocks that kept k guesses or more.
+        at_least = np.array(row["kept_histogram"])[::-1].cumsum()[::-1]
+        if at_least[0]:
+            reached = " ".join(f"{n / at_least[0]:.2f}" for n in at_least[1:])
+            after = " ".join(f"{b / a:.2f}" if a else "-" for a, b in zip(at_least, at_least[1:]))
+            print(f"gamma {row['gamma']}, {at_least[0]} whole blocks; guess 1, 2, ... was kept in "
+                  f"{reached} of all blocks, and in {after} of those that kept all before it")
+    if args.json:
+        print(f"wrote {args.json}")
+
+
+def machine():
+    """One line that says what the figures were measured on."""
+    name, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if info.is_file() and "model name" in (text := info.read_text()):
+        name = text.split("model name", 1)[1].splitlines()[0].split(":")[1].strip()
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{name}, {torch.get_num_threads()} threads{gpu}, torch {torch.__version__}"
 
 
 # Student's t at 97.5 % for 1, 2, ... degrees of freedom: three seeds say little, and the interval

@@ -49,6 +49,16 @@ def byte_level_alphabet():
     return {**{chr(byte): byte for byte in printable}, **{chr(256 + i): byte for i, byte in enumerate(others)}}
 
 
+def load_pair(target, draft):
+    """The tokenizer that two model folders share. ValueError if they do not."""
+    tok, other = load(target), load(draft)
+    if tok.fingerprint != other.fingerprint:
+        raise ValueError(f"{draft} has another tokenizer than {target} ({other.vocab_size} and "
+                         f"{tok.vocab_size} tokens, not the same ones): a drafter must share its "
+                         f"target's tokenizer")
+    return tok
+
+
 class Tokenizer:
     """Text to ids and back. Ids are ints in [0, vocab_size).
 

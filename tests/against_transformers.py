@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import distill  # noqa: E402
 import model  # noqa: E402
 import speculate  # noqa: E402
-from data import export_gguf, files, smollm2, tokenizer  # noqa: E402
+from data import export_gguf, files, report, smollm2, tokenizer  # noqa: E402
 
 
 FP32 = "transformers float32, plain"                   # whose texts the others are compared with
@@ -221,7 +221,7 @@ def compare(args):
     ratios = {name: interval(tokens, seconds, base, picks) for name, base in bases.items()
               if base in ways}
     rows = []
-    print(f"\n{speculate.machine()}; {len(ids)} prompts of {args.prompts}, at most "
+    print(f"\n{report.machine()}; {len(ids)} prompts of {args.prompts}, at most "
           f"{args.max_new_tokens} new tokens, greedy\n")
     print("| way | tokens/s | " + "".join(f"over {bases[name]} (95 %) | " for name in ratios)
           + "tau | texts unlike |\n" + "|---" * (len(ratios) + 4) + "|")
@@ -238,7 +238,7 @@ def compare(args):
               + f"{f'{tau:.2f}' if known else ''} | {sum(unequal[way])} of {len(ids)} |")
     costs = passes(args, target, device)
     with files.atomic(args.json) as temporary:
-        temporary.write_text(json.dumps({"machine": speculate.machine(), "target": str(args.target), "draft": str(args.draft),
+        temporary.write_text(json.dumps({"machine": report.machine(), "target": str(args.target), "draft": str(args.draft),
                                          "prompts": len(ids), "tasks": [p["task"] for p in prompts], "rows": rows, "passes": costs}, indent=1) + "\n")
     if not args.ours:
         draw(args, rows, costs)

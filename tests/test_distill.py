@@ -379,7 +379,7 @@ def test_bad_input_to_finetune_is_one_sentence(folders, records, tmp_path, monke
     refused("record 1: needs messages", data=tmp_path / "bad.jsonl")
     (tmp_path / "bad.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}], "response_ids": [99999], "ended": true}\n')
     refused("no token of", data=tmp_path / "bad.jsonl")
-    refused("--learning-rate: is 0; expected a number above 0", "--learning-rate", 0)
+    refused("--learning-rate is 0; expected a number above 0", "--learning-rate", 0)
     refused("training went out of bounds", "--eval-records", 8, "--learning-rate", 1e30, "--steps", 9, "--warm-up", 0)
     shutil.copytree(folders / "draft", folders / "other")
     (folders / "other" / "tokenizer.model").unlink()

@@ -440,3 +440,30 @@ def test_a_folder_of_the_older_fp32_conversion_is_made_again(tmp_path, monkeypat
     monkeypatch.setattr(smollm2, "fetch_gguf", lambda: None)
     done = run_script("data/smollm2.py", "--out", tmp_path / "chat")
     assert done.returncode == 0 and made == [tmp_path / "chat"] and "older conversion" in done.stdout
+
+
+# ---- Padded embeddings -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("padding", [0, 1, 27])
+def test_padding_rows_of_the_embedding_are_left_out_and_nothing_else_changes(tmp_path, tied, padding):
+    """The tokenizer's size is the vocabulary: rows behind it stand for no token."""
+    padded = conftest.tiny_llama(3, vocab=37 + padding, layers=2, tied=tied)
+    model.save(padded, tmp_path / "padded")
+    loaded = model.load(tmp_path / "padded", vocab_size=37)
+    assert loaded.config.vocab_size == 37 and loaded.embed_tokens.weight.shape == (37, 8)
+    tokens = torch.randint(37, (2, 9), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(loaded(tokens), padded(tokens)[..., :37])
+    model.save(loaded, tmp_path / "again")                                  # what is trained from it has its size
+    assert model.load(tmp_path / "again").config.vocab_size == 37
+    assert model.load(tmp_path / "padded").config.vocab_size == 37 + padding
+    with pytest.raises(ValueError, match="a tokenizer of 99"):
+        model.load(tmp_path / "padded", vocab_size=99)
+
+
+def test_rows_that_neither_config_nor_tokenizer_state_are_refused(tmp_path):
+    model.save(conftest.tiny_llama(3, vocab=40), tmp_path / "m")
+    keys = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(keys | {"vocab_size": 39}))
+    with pytest.raises(ValueError, match="do not match config.json"):
+        model.load(tmp_path / "m", vocab_size=37)

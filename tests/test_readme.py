@@ -3,9 +3,12 @@
 import re
 import subprocess
 
+import pytest
+
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
+CHAIN = (ROOT / "data" / "README.md").read_text()
 
 
 def commands(text):
@@ -18,10 +21,15 @@ def test_the_tiny_worlds_commands_are_those_of_make_demo():
     dry = subprocess.run(["make", "-n", "D=out/nowhere", "demo"], cwd=ROOT, capture_output=True, text=True)
     assert dry.returncode == 0, dry.stderr
     run = [line.replace("out/nowhere", "out/tiny").replace(" --check", "") for line in commands(dry.stdout) if " -m venv" not in line and " -m pip" not in line]
-    section = README[README.index("## The tiny world"):README.index("## A real chat model")]
+    section = CHAIN[CHAIN.index("### Its stages, one by one"):CHAIN.index("## The released drafter's records")]
     assert len(run) == 11 and sorted(run) == sorted(commands(section))
 
 
-def test_every_file_that_the_readme_links_to_exists():
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if not link.startswith("http")]
-    assert len(links) > 5 and all((ROOT / link).exists() for link in links)
+@pytest.mark.parametrize("page", ["README.md", "data/README.md", "data/RESULTS.md", "data/RECIPES.md", "data/smollm2-drafter/README.md"])
+def test_every_file_that_a_page_links_to_exists(page):
+    links = re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text())
+    assert all(link.startswith("http") or ((ROOT / page).parent / link).exists() for link in links)
+
+
+def test_the_readme_is_a_lesson_and_not_a_manual():
+    assert len(README.splitlines()) <= 150 and len(README.encode()) <= 12_000
