@@ -16,12 +16,12 @@ target gives when decoding speculatively.
 """
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
-import math
-import os
 import re
 import time
 from pathlib import Path
@@ -335,9 +335,7 @@ def write_records(target, tok, prompts, out, seed, temperatures=(0, 0.3, 0.7, 1.
             if states:
                 tokens = prompt_ids + ids + [tok.eos_id] * ended
                 states.add([train.Example(tokens, len(prompt_ids))], hidden)
-            record = {"id": item["id"], "task": item["task"], "messages": item["messages"],
-                      "response": tok.decode(ids), "response_ids": ids,
-                      "temperature": item["temperature"], "ended": ended}
+            record = item | {"response": tok.decode(ids), "response_ids": ids, "ended": ended}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()                             # a kill loses only unfinished answers
             count, new_tokens = count + 1, new_tokens + len(ids)
@@ -363,46 +361,45 @@ def self_instruct(target, tok, count, out, args):
     turn = turn[:len(turn) - 1 - turn[::-1].index(tok.eos_id)]    # up to the empty turn's end
     # Left alone it writes mostly "I'm planning..." and "Can you...". First words make it vary.
     openings = [{"task": "open", "opening": ""}]
-    openings = files.read_openings(args.openings) if args.openings else openings
+    openings = itertools.cycle(files.read_openings(args.openings) if args.openings else openings)
     files.trim_partial_line(out)
     kept = files.read_jsonl(out) if out.is_file() else []
-    seen = {" ".join(row["prompt"].lower().split()) for row in kept}
+    seen, begun, fruitless = {words(row["prompt"]) for row in kept}, len(kept), 0
     # A resumed run must not write the same ones again.
-    generator = torch.Generator(target.embed_tokens.weight.device).manual_seed(
-        args.seed + len(kept))
-    dropped = {"empty": 0, "repeated": 0, "over-long": 0}
-    progress, begun = files.Progress(count - len(kept), "instructions"), len(kept)
-    fruitless, tried = 0, len(kept)
+    generator = torch.Generator(target.embed_tokens.weight.device).manual_seed(args.seed + begun)
+    progress, dropped = files.Progress(count - begun, "instructions"), collections.Counter()
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out, "a", encoding="utf-8") as file:
         while len(kept) < count:
-            before, wanted = len(kept), count - len(kept) + 8
-            chosen = [openings[(tried + i) % len(openings)] for i in range(wanted)]
-            tried += wanted
+            before, chosen = len(kept), list(itertools.islice(openings, count - len(kept) + 8))
             starts = [tok.encode(opening["opening"]) for opening in chosen]
             written = answer_prompts(target, [turn + start for start in starts],
-                                     [args.instruction_temperature] * wanted, args.top_p,
+                                     [args.instruction_temperature] * len(chosen), args.top_p,
                                      args.max_instruction_tokens, tok.eos_ids, generator,
                                      args.batch_size)
             for row, ids, ended, _ in written:
                 text = tok.decode(starts[row] + ids).strip()
-                key = " ".join(text.lower().split())
-                reason = ("over-long" if not ended else "empty" if len(key.split()) < 3 else
-                          "repeated" if key in seen else None)
+                reason = ("over-long" if not ended else "empty" if len(text.split()) < 3 else
+                          "repeated" if words(text) in seen else None)
                 if reason:
                     dropped[reason] += 1
                 elif len(kept) < count:
-                    seen.add(key)
+                    seen.add(words(text))
                     kept.append({"task": chosen[row]["task"], "prompt": text})
                     file.write(json.dumps(kept[-1], ensure_ascii=False) + "\n")
                     file.flush()
-                    progress.update(len(kept) - begun, f"dropped {dropped}")
+                    progress.update(len(kept) - begun, f"dropped {dict(dropped)}")
             fruitless = fruitless + 1 if len(kept) == before else 0
             if fruitless == 20:
                 raise ValueError(f"20 batches in a row gave no new instruction ({len(kept)} kept, "
-                                 f"dropped {dropped}): raise --instruction-temperature or "
+                                 f"dropped {dict(dropped)}): raise --instruction-temperature or "
                                  f"--max-instruction-tokens, or ask for fewer")
-    print(f"{len(kept)} instructions in {out}; dropped in this run: {dropped}")
+    print(f"{len(kept)} instructions in {out}; dropped in this run: {dict(dropped)}")
+
+
+def words(text):
+    """What makes two instructions the same: their words, but for case and spaces."""
+    return " ".join(text.lower().split())
 
 
 def generate(args):

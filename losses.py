@@ -453,32 +453,31 @@ def load_function(path, name):
 def check(function, name):
     """function, after a try on 64 positions of seven tokens. ValueError in one sentence for what
     training would choke on."""
-    generator, loss, problem = torch.Generator().manual_seed(0), None, None
+    generator = torch.Generator().manual_seed(0)
     draft, target = (torch.randn(64, 7, generator=generator).requires_grad_() for _ in range(2))
+
+    def require(condition, problem):
+        if not condition:
+            raise ValueError(f"{name}: {problem}")
+
     try:
         loss = function(draft, target)
     except Exception as error:
-        problem = f"fails on draft and target logits (64, 7): {type(error).__name__}: {error}"
+        raise ValueError(f"{name}: fails on draft and target logits (64, 7): "
+                         f"{type(error).__name__}: {error}") from None
     shape = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
-    if problem is None and shape != (64,):
-        problem = (f"returned {shape} for logits (64, 7); expected one loss a position, shape "
-                   f"(64,): sum over the last dimension only")
-    elif problem is None and not torch.isfinite(loss).all():
-        problem = (f"the loss is not finite on ordinary logits (first {loss[:3].tolist()}): look "
-                   f"for a log or a division by 0")
-    elif problem is None and not loss.requires_grad:
-        problem = ("the loss has no gradient: it must depend on draft_logits by operations of "
-                   "torch, outside no_grad")
-    if problem is None:
-        loss.sum().backward()
-        if draft.grad is None or not torch.isfinite(draft.grad).all() or not draft.grad.any():
-            problem = ("the gradient in draft_logits is missing, zero or not finite: check "
-                       "detach() and square roots at 0")
-        elif target.grad is not None and target.grad.any():
-            problem = ("a gradient reaches target_logits: the target is not trained, use "
-                       "target_logits.detach()")
-    if problem:
-        raise ValueError(f"{name}: {problem}")
+    require(shape == (64,), f"returned {shape} for logits (64, 7); expected one loss a position, "
+            f"shape (64,): sum over the last dimension only")
+    require(loss.isfinite().all(), f"the loss is not finite on ordinary logits (first "
+            f"{loss[:3].tolist()}): look for a log or a division by 0")
+    require(loss.requires_grad, "the loss has no gradient: it must depend on draft_logits by "
+            "operations of torch, outside no_grad")
+    loss.sum().backward()
+    require(draft.grad is not None and draft.grad.isfinite().all() and draft.grad.any(),
+            "the gradient in draft_logits is missing, zero or not finite: check detach() and "
+            "square roots at 0")
+    require(target.grad is None or not target.grad.any(), "a gradient reaches target_logits: the "
+            "target is not trained, use target_logits.detach()")
     return function
 
 

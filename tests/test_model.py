@@ -448,7 +448,7 @@ def test_a_folder_of_the_older_fp32_conversion_is_made_again(tmp_path, monkeypat
 @pytest.mark.parametrize("padding", [0, 1, 27])
 def test_padding_rows_of_the_embedding_are_left_out_and_nothing_else_changes(tmp_path, tied, padding):
     """The tokenizer's size is the vocabulary: rows behind it stand for no token."""
-    padded = conftest.tiny_llama(3, vocab=37 + padding, layers=2, tied=tied)
+    padded = tiny_llama(3, vocab=37 + padding, layers=2, tied=tied)
     model.save(padded, tmp_path / "padded")
     loaded = model.load(tmp_path / "padded", vocab_size=37)
     assert loaded.config.vocab_size == 37 and loaded.embed_tokens.weight.shape == (37, 8)
@@ -462,7 +462,7 @@ def test_padding_rows_of_the_embedding_are_left_out_and_nothing_else_changes(tmp
 
 
 def test_rows_that_neither_config_nor_tokenizer_state_are_refused(tmp_path):
-    model.save(conftest.tiny_llama(3, vocab=40), tmp_path / "m")
+    model.save(tiny_llama(3, vocab=40), tmp_path / "m")
     keys = json.loads((tmp_path / "m" / "config.json").read_text())
     (tmp_path / "m" / "config.json").write_text(json.dumps(keys | {"vocab_size": 39}))
     with pytest.raises(ValueError, match="do not match config.json"):
