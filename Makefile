@@ -83,7 +83,13 @@ $(S)/bench: $(S)/drafter-aligned $(S)/drafter-more
 		--temperature $$temperature --max-new-tokens 64 --threads 1 --json $(D)/bench-$$draft-$$temperature.json || exit 2; done; done
 	@touch $@
 
+# The pair that comes with the code, data/tiny_world/: what `make demo` trained, in fp16.
+pair: demo
+	for name in target drafter-base drafter-aligned; do $(RUN) -c "import model, torch, train; \
+		model.save(model.load('$(D)/$$name'), 'data/tiny_world/$$name', torch.float16); \
+		train.copy_tokenizer('$(D)/$$name', 'data/tiny_world/$$name')" || exit 2; done
+
 test: .venv/ready
 	$(RUN) -m pytest -q -rs
 
-.PHONY: demo test real
+.PHONY: demo pair test real

@@ -508,6 +508,7 @@ def parse():
         raise ValueError("--prompt is empty: give the text to answer")
     if args.target is None:
         args.target, args.draft = TINY / "target", TINY / "drafter-aligned"
+        args.threads = args.threads or 1         # so small a model spends a second one on waiting
     greedy = args.bench or args.first
     defaults = {"temperature": 0.0 if greedy else 0.6, "top_p": 1.0 if greedy else 0.9,
                 "max_new_tokens": 128 if args.bench else 256}

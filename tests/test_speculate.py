@@ -7,6 +7,7 @@ chi-square, with their exact probabilities, which are enumerated with whole, unc
 import argparse
 import itertools
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -755,3 +756,35 @@ def test_choose_is_told_the_past_blocks_alone():
     assert len(seen) == made.target_calls and [len(blocks) for blocks in seen] == list(range(len(seen)))
     assert [drafted for drafted, _ in made.blocks[:-2]] == [i % 4 for i in range(len(made.blocks) - 2)]
     assert sum(kept for _, kept in made.blocks) == made.accepted
+
+
+# ---- The first minute ------------------------------------------------------------------------------------------------
+
+def test_without_a_flag_the_tiny_pair_answers_traced_and_names_what_comes_next():
+    done = run_process("speculate.py", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    shown, figures = done.stdout.split("\n---")
+    answer = shown.splitlines()[-1]
+    kept = re.findall(r"\[([^]]+)\]", answer)
+    assert len(kept) >= 2 and len(answer.split()) > 5 and "\033" not in done.stdout
+    tau, alpha = (float(re.search(rf"{name} (\d\.\d\d)", figures).group(1)) for name in ("tau", "alpha"))
+    assert 1.2 < tau <= 4 and 0.2 < alpha <= 1 and "the same text" in figures
+    commands = re.findall(r"(?m)^(?:next:)? +((?:python|make) [\w. -]+?)(?:  |$)", figures)
+    assert commands == ["python speculate.py --chat", "python losses.py", "make demo"]
+
+
+def test_prompt_and_chat_take_the_tiny_pair_and_half_a_pair_is_refused():
+    done = run_script("speculate.py", "--prompt", "What is a bridge?", "--device", "cpu")
+    assert done.returncode == 0 and len(done.stdout.split()) > 3 and "tau" in done.stderr
+    chat = run_script("speculate.py", "--chat", "--gamma", 3, "--device", "cpu", input="What is a bridge?\n\n")
+    assert chat.returncode == 0 and chat.stderr.count("tau") == 1
+    for half in (("--target", "data/tiny_world/target"), ("--draft", "data/tiny_world/drafter-aligned", "--chat")):
+        assert_refused(run_script("speculate.py", *half), "belong together")
+    assert_refused(run_script("speculate.py", "--target", "data/tiny_world/target", "--draft", "data/tiny_world/drafter-base"), "--prompt TEXT")
+
+
+@pytest.mark.parametrize("flags", [("--temperature", "nan"), ("--temperature", "-1"), ("--temperature", "inf"), ("--top-p", "0"), ("--top-p", "1.5"),
+                                   ("--gamma", "65"), ("--gamma", "x"), ("--max-new-tokens", "0"), ("--threads", "-1"), ("--threads", "1000000"),
+                                   ("--limit", "-1"), ("--seed", "-5")])
+def test_a_number_outside_its_bounds_is_one_sentence(flags):
+    assert_refused(run_script("speculate.py", "--prompt", "a", *flags), f"{flags[0]} is {flags[1]}; expected")
