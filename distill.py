@@ -19,6 +19,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -35,7 +36,6 @@ import model
 import speculate
 import train
 from data import files, pretrain_text, report, tokenizer
-
 
 # ---- Stage 3: the distillation loss ------------------------------------------------------------
 
@@ -121,7 +121,7 @@ def align(draft, target, states, training, held_out, pretraining, tok, args):
     autocast = torch.autocast(device.type, states.dtype, enabled=states.dtype != torch.float32)
     run = train.Run(args, draft, settings, "positions", "held_out_alpha",
                     lambda: acceptance(draft, target, states, held_out), generator, memory)
-    train.copy_tokenizer(tok.folder, args.out)
+    train.copy_tokenizer(args.draft, args.out)
     # The paper mixes 9 : 1. With the default batch of 9 that is one window of text a step.
     share = args.pretrain_fraction if pretraining is not None else 0.0
     windows = max(1, round(args.batch_size * share / (1 - share))) if share else 0
@@ -464,19 +464,8 @@ def compare(args):
             align(one, target, states, training, held_out, pretraining, tok, options)
         return one, files.read_jsonl(options.out / "log.jsonl")
 
-    def measure(draft):
-        """Acceptance rate at temperature 1, and tau, greedy and at temperature 1, by task."""
-        row = {}
-        for task, examples in answers["test"].items():
-            row[f"alpha, {task}"] = acceptance(draft, target, states, examples)
-            chosen = [p for p in prompts if p["task"] == task][:args.prompts]
-            for gamma in args.gamma:
-                row[f"tau {gamma}, {task}"] = mean_tau(target, draft, tok, chosen, gamma, 0.0)
-                sampled = mean_tau(target, draft, tok, chosen, gamma, 1.0)
-                row[f"tau {gamma} at T = 1, {task}"] = sampled
-        return row
-
-    runs, curves, best, before = [], {}, {}, measure(draft)
+    measured = functools.partial(measure, target, tok, states, answers["test"], prompts, args)
+    runs, curves, best, before = [], {}, {}, measured(draft)
     print("before:  " + "  ".join(f"{k} {v:.3f}" for k, v in before.items()), flush=True)
     for name in args.losses:
         for rate in args.learning_rates:
@@ -487,7 +476,7 @@ def compare(args):
         best[name] = max(tuned, key=lambda run: run["dev_alpha"])["learning_rate"]
         for seed in range(args.seeds):
             one, log = trained(name, best[name], seed)
-            runs.append({"loss": name, "learning_rate": best[name], "seed": seed, **measure(one)})
+            runs.append({"loss": name, "learning_rate": best[name], "seed": seed, **measured(one)})
             curves.setdefault(name, []).append([(row["step"], row["held_out_alpha"]) for row in log
                                                 if "held_out_alpha" in row])
             settings = {k: str(v) for k, v in vars(args).items() if k != "function"}
@@ -497,6 +486,19 @@ def compare(args):
     report.print_comparison(args.losses, runs)
     report.draw_curves(args.out / "compare.png", curves)
     print(f"wrote {args.out / 'compare.json'} and {args.out / 'compare.png'}")
+
+
+def measure(target, tok, states, answers, prompts, args, draft):
+    """Acceptance rate at temperature 1, and tau, greedy and at temperature 1, by task: a dict."""
+    row = {}
+    for task, examples in answers.items():
+        row[f"alpha, {task}"] = acceptance(draft, target, states, examples)
+        chosen = [p for p in prompts if p["task"] == task][:args.prompts]
+        for gamma in args.gamma:
+            row[f"tau {gamma}, {task}"] = mean_tau(target, draft, tok, chosen, gamma, 0.0)
+            sampled = mean_tau(target, draft, tok, chosen, gamma, 1.0)
+            row[f"tau {gamma} at T = 1, {task}"] = sampled
+    return row
 
 
 def options_of(name, args):
@@ -577,6 +579,12 @@ def make_parser():
 
     sub = commands.add_parser("compare", help="train a drafter with several losses: which is best?")
     sub.set_defaults(function=compare)
+    compare_flags(sub)
+    return parser
+
+
+def compare_flags(sub):
+    """The flags of compare; what it trains on and towards is the tiny world's unless said."""
     sub.add_argument("--losses", nargs="+", metavar="LOSS", help="names, or FILE.py:FUNCTION",
                      default=["kld", "tvd", "tvd++", "tvd-sampled", "tvd++-sampled"])
     for name, default, text in (
@@ -589,13 +597,12 @@ def make_parser():
         sub.add_argument(f"--{name}", type=Path, default=Path(default),
                          help=f"{text} (default {default})")
     sub.add_argument("--learning-rates", type=files.between("(0, inf)"), nargs="+",
-                     default=[3e-3, 1e-2, 3e-2], help="the grid each loss is tuned on")
-    sub.add_argument("--gamma", type=number, nargs="+", default=[3, 5])
+                     default=[3e-3, 1e-2, 3e-2, 1e-1], help="the grid each loss is tuned on")
+    sub.add_argument("--gamma", type=files.between("[1, 64]", int), nargs="+", default=[3, 5])
     files.add_numbers(sub, ("seeds", 3, "[1, inf)", "runs a loss"),
                       ("prompts", 20, "[1, inf)", "test prompts a task for tau; alpha takes all"))
     distillation_flags(sub, steps=200, batch_size=32, learning_rate=1e-2, eval_every=16)
     sub.set_defaults(pretrain_data=Path("out/tiny/pretrain"), draft_vocabulary=0)
-    return parser
 
 
 def distillation_flags(parser, **defaults):

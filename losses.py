@@ -40,7 +40,6 @@ from pathlib import Path
 
 import torch
 
-
 # ---- Total variation distance, and its policy gradient -----------------------------------------
 
 def tvd(draft_logits, target_logits):
@@ -536,6 +535,7 @@ def main():
     args = parser.parse_args()
     if not all(0.05 <= level < 1 for level in args.levels):
         sys.exit(f"error: --levels {args.levels}: expected overlaps of at least 0.05 and below 1")
+    torch.set_num_threads(1)                      # small tensors: a second thread only waits
     table = {}                                    # (label, level) -> noise of 1, 4 and 16 samples
     for level in args.levels:
         p, q = example(level, seed=args.seed)

@@ -34,7 +34,6 @@ import losses
 import model
 from data import files, report, tokenizer
 
-
 # ---- The loop ----------------------------------------------------------------------------------
 
 @torch.inference_mode()
@@ -118,7 +117,7 @@ def verify_block(guesses, q, p, coins):
         h = w
         if i < gamma:
             left = (w * p[i] - q[i]).clamp(min=0).sum().item()
-            h = left / (left + 1 - w) if left + 1 - w > 0 else 1.0
+            h = left / (left + (1 - w)) if left + (1 - w) > 0 else 1.0
         if coins[i - 1].item() < h:
             kept, w_kept = i, w
     return kept, p[kept] if kept == gamma else leftover(w_kept * p[kept], q[kept])
@@ -338,7 +337,7 @@ def answer(pair, messages, args, style):
 
 
 def first_minute(pair, args, style):
-    """One question to the tiny pair, traced; the same text by plain decoding; what to try next."""
+    """One question to the pair, traced; the same text by plain decoding; what to try next."""
     target, draft, tok, device, _ = pair
     question = "What does a rabbit look like?"
     for llama in (target, draft):                 # warms up
@@ -354,9 +353,9 @@ def first_minute(pair, args, style):
     print(f"    plain decoding: {len(made.tokens)} tokens in {seconds:.1f} s "
           f"({len(made.tokens) / seconds:.1f}/s), {'the same text' if same else 'another text'}\n"
           f"    tau is tokens a pass of the target; alpha the share of guesses that were kept\n"
-          f"next: python speculate.py --chat      ask this pair about animals, food, tools, jobs...\n"
+          f"next: python speculate.py --chat      ask this pair about animals, food, tools...\n"
           f"      python losses.py                the losses' noise: a table and a picture\n"
-          f"      make demo                       train this pair from nothing, 8 minutes")
+          f"      make demo                       train this pair from nothing, ten minutes")
 
 
 def chat(pair, args, style):
@@ -501,9 +500,7 @@ def parse():
     if (args.target is None) != (args.draft is None):
         raise ValueError("--target and --draft belong together: give both, or neither for the tiny "
                          "trained pair")
-    args.first = not (args.prompt or args.chat or args.bench)
-    if args.first and args.prompt is None and args.target is not None:
-        raise ValueError("what to do with this pair? Give --prompt TEXT, --chat or --bench FILE")
+    args.first = args.prompt is None and not args.chat and not args.bench
     if args.prompt is not None and not args.prompt.strip():
         raise ValueError("--prompt is empty: give the text to answer")
     if args.target is None:

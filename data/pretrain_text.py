@@ -97,7 +97,7 @@ def documentation():
         cleaned = (without_seen_paragraphs(clean(text), seen) for text in texts)
         return [text for text in cleaned if mostly_words(text)]
 
-    from pydoc_data import topics                 # the language reference, as help() prints it
+    from pydoc_data import topics  # the language reference, as help() prints it
 
     yield f"Python {platform.python_version()}: language reference (pydoc topics)", "PSF-2.0", documents(
         topics.topics[name] for name in sorted(topics.topics))

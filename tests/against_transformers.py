@@ -31,7 +31,6 @@ import model  # noqa: E402
 import speculate  # noqa: E402
 from data import export_gguf, files, report, smollm2, tokenizer  # noqa: E402
 
-
 FP32 = "transformers float32, plain"                   # whose texts the others are compared with
 
 

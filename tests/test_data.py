@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from conftest import TARGET, assert_refused, run_script
+
 from data import everyday, files, pretrain_text, smollm2, tokenizer
 
 DOCSTRING = """Return the thing.

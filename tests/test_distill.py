@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import TARGET, assert_refused, run_process, run_script, tiny_llama
 
 import distill
 import losses
 import model
 import speculate
 import train
-from conftest import TARGET, assert_refused, run_process, run_script, tiny_llama
 from data import files, report, tokenizer
 
 

@@ -6,10 +6,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, TARGET, assert_refused, run_script, tiny_llama
 from safetensors.torch import load_file
 
 import model
-from conftest import ROOT, TARGET, assert_refused, run_script, tiny_llama
 from data import smollm2, tokenizer
 
 gguf = pytest.importorskip("gguf", reason="pip install -r requirements-real.txt")

@@ -6,10 +6,10 @@ import shutil
 
 import pytest
 import torch
+from conftest import TARGET, run_script, tiny_llama
 from safetensors.torch import load_file, save_file
 
 import model
-from conftest import TARGET, run_script, tiny_llama
 
 SHAPES = [dict(heads=4, kv_heads=4, layers=1, tied=True, rope_theta=10000.0),
           dict(heads=4, kv_heads=2, layers=3, tied=False, rope_theta=100000.0),

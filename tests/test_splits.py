@@ -3,8 +3,8 @@
 from collections import Counter
 
 import pytest
-
 from conftest import ROOT, assert_refused, run_script
+
 from data import files, splits
 
 HELD_OUT = [{"task": "open", "prompt": "Please describe how a small paper boat floats across the pond."},

@@ -4,8 +4,8 @@ import json
 import re
 
 import pytest
-
 from conftest import assert_refused, run_script
+
 from data import files, splits, tiny_world, tokenizer
 
 PAIRS, PASSAGES = (files.read_jsonl(tiny_world.FOLDER / f"{name}.jsonl.gz") for name in ("pairs", "passages"))

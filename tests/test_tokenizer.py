@@ -3,8 +3,8 @@
 import json
 
 import pytest
-
 from conftest import TARGET, assert_refused, run_script
+
 from data import tokenizer
 
 TEXTS = ["Plain prose, with punctuation; and a second sentence!", "def f(x):\n\treturn x ** 2  # squared\n", "In 1984, 3.14159 and 1,000,000",
