@@ -5,12 +5,11 @@
 
 Matrices become fp16, norms fp32. llama.cpp turns neighbouring rows of q and k as rotary pairs, so
 they are permuted, each by its own number of heads. How text is split before the merges is a name in
-GGUF; a tokenizer whose way has no name here is refused, since other ids would come out without a
-word. A draft vocabulary is left out: llama.cpp's drafter uses the whole head. Needs the package
-gguf (requirements-real.txt).
+GGUF; a tokenizer whose way has no name here is refused, since llama.cpp would make other ids of a
+text, and nobody would notice. A draft vocabulary is left out: llama.cpp's drafter uses the whole
+head. Needs the package gguf (requirements-real.txt).
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -141,8 +140,7 @@ def export(folder, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = files.Parser(description=__doc__)
     parser.add_argument("folder", type=Path, help="the model's folder")
     parser.add_argument("--out", type=Path, required=True, help="the GGUF file to write")
     args = parser.parse_args()

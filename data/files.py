@@ -1,7 +1,7 @@
-"""Reading and writing files so that nothing already written is ever lost, and saying what is wrong in one sentence.
+"""What every script needs besides its idea: files, flags, the progress line. Nothing to run here.
 
-Used by every script: JSON lines, atomic writes, the cache folder, the progress line, and `run`, which turns
-bad input into one sentence and exit code 2. Nothing to run here.
+JSON lines are read with a sentence about what is wrong in them, files are written so that nothing
+already written is lost, and `run` turns bad input into one sentence and exit code 2.
 """
 
 import argparse
@@ -19,16 +19,17 @@ from pathlib import Path
 
 
 def run(main):
-    """Call main(); bad input (ValueError, OSError) becomes one sentence on stderr and exit code 2, no traceback.
+    """Call main(); bad input (ValueError, OSError) becomes one sentence on stderr and exit code 2.
 
-    Set NANODRAFT_TRACEBACK=1 to see the traceback all the same.
+    Set NANODRAFT_TRACEBACK=1 to see the traceback, too.
     """
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `python X.py | head` ends quietly
     try:
         main()
     except KeyboardInterrupt:
-        print("\ninterrupted: what was saved is whole; a script that has --resume goes on from there", file=sys.stderr)
+        print("\ninterrupted: what was saved is whole; a script that has --resume goes on from "
+              "there", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
         if os.environ.get("NANODRAFT_TRACEBACK"):
@@ -39,13 +40,13 @@ def run(main):
 
 @contextmanager
 def atomic(path):
-    """Yield a temporary path beside `path`; renamed onto it when the block succeeds, removed when it fails."""
+    """Yield a temporary path beside `path`: renamed onto it if the block succeeds, else removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        os.replace(temporary, path)  # atomic within one file system: a reader sees the old file or the new one
+        os.replace(temporary, path)      # in one step: a reader sees the old file or the new one
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -58,30 +59,44 @@ def read_jsonl(path):
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give the path of a JSON lines file")
-    rows = []
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", errors="replace") as lines:
+    rows, opened = [], gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error.msg}); mend or delete that line") from None
+                raise ValueError(f"{path}, line {number}: not JSON ({error.msg}); mend or delete "
+                                 f"that line") from None
             if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
+                raise ValueError(f"{path}, line {number}: expected a JSON object, got "
+                                 f"{type(row).__name__}")
             rows.append(row)
     return rows
 
 
 def write_jsonl(path, rows):
-    """Write rows as JSON lines, compressed where the name ends in .gz, all or nothing. Same rows, same bytes."""
+    """Write rows as JSON lines, all or nothing, compressed where the name ends in .gz.
+
+    Same rows, same bytes.
+    """
     content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8")
+    if Path(path).suffix == ".gz":
+        content = gzip.compress(content, mtime=0)
     with atomic(path) as temporary:
-        temporary.write_bytes(gzip.compress(content, mtime=0) if Path(path).suffix == ".gz" else content)
+        temporary.write_bytes(content)
+
+
+def write_json(path, content):
+    """Write one JSON file, all or nothing."""
+    text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def trim_partial_line(path):
-    """Cut off a last line without its newline: what a killed writer leaves behind. Whole lines stay untouched."""
+    """Cut off a last line without its newline, which a killed writer leaves behind."""
     path = Path(path)
     if path.is_file():
         with open(path, "r+b") as file:
@@ -89,19 +104,32 @@ def trim_partial_line(path):
             file.truncate(content.rfind(b"\n") + 1)
 
 
-def read_prompts(path):
-    """Rows {"task", "messages"} of a prompts file: {"task", "prompt": text} or {"task", "messages": [...]} lines.
+def messages_of(row):
+    """The messages of a prompt or record, {"prompt": text} being one turn of the user's.
 
-    ValueError for a row without either, an empty prompt, or messages that do not end with a user turn.
+    None where they are not a list of {"role": text, "content": text}.
+    """
+    messages = row.get("messages", [{"role": "user", "content": row.get("prompt")}])
+    whole = isinstance(messages, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        for m in messages)
+    return messages if whole else None
+
+
+def read_prompts(path):
+    """Rows {"task", "messages"} of a prompts file, whose lines are {"task", "prompt": text} or
+    {"task", "messages": [...]}.
+
+    ValueError for a row without either, an empty prompt, or messages that do not end with a user's
+    turn.
     """
     prompts = []
     for number, row in enumerate(read_jsonl(path), 1):
-        messages = row["messages"] if "messages" in row else [{"role": "user", "content": row.get("prompt")}]
-        whole = isinstance(messages, list) and messages and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages)
-        if not whole or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
-            raise ValueError(f'{path}, prompt {number}: expected {{"task": "...", "prompt": "some text"}} or "messages" that '
-                             f"end with a user's turn that is not empty")
+        messages = messages_of(row)
+        if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
+            raise ValueError(f'{path}, prompt {number}: expected {{"task": "...", "prompt": '
+                             f'"some text"}} or "messages" that end with a user\'s turn that is '
+                             f'not empty')
         prompts.append({"task": str(row.get("task", "open")), "messages": messages})
     if not prompts:
         raise ValueError(f"{path}: no prompts in it")
@@ -109,19 +137,23 @@ def read_prompts(path):
 
 
 def read_openings(path):
-    """Rows {"task", "opening"} of a file of first words. ValueError for a row without them, or no row at all."""
+    """Rows {"task", "opening"} of a file of first words. ValueError if a row lacks them, or there
+    is none."""
     openings = read_jsonl(path)
     for number, row in enumerate(openings, 1):
         if not isinstance(row.get("task"), str) or not isinstance(row.get("opening"), str):
-            raise ValueError(f'{path}, opening {number}: expected {{"task": "...", "opening": "first words"}}')
+            raise ValueError(f'{path}, opening {number}: expected {{"task": "...", "opening": '
+                             f'"first words"}}')
     if not openings:
         raise ValueError(f"{path}: no openings in it")
     return openings
 
 
 def cache_dir(*parts):
-    """A folder under $NANODRAFT_CACHE (default ~/.cache/nanodraft), made if missing. What lies there may vanish."""
-    folder = Path(os.environ.get("NANODRAFT_CACHE") or Path.home() / ".cache" / "nanodraft").joinpath(*parts)
+    """A folder under $NANODRAFT_CACHE (default ~/.cache/nanodraft), made if missing. What lies
+    there may vanish."""
+    root = os.environ.get("NANODRAFT_CACHE") or Path.home() / ".cache" / "nanodraft"
+    folder = Path(root, *parts)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -144,7 +176,11 @@ def fingerprint(*parts):
 # ---- Flags -------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a wrong flag is one sentence, as all bad input is."""
+    """argparse that keeps the lines of a description. A wrong flag is one sentence, as all bad
+    input is."""
+
+    def __init__(self, formatter_class=argparse.RawDescriptionHelpFormatter, **settings):
+        super().__init__(formatter_class=formatter_class, **settings)
 
     def error(self, message):
         message = message.removeprefix("argument ").replace(": is ", " is ", 1)
@@ -152,22 +188,22 @@ class Parser(argparse.ArgumentParser):
 
 
 def between(interval, kind=float):
-    """An argparse type: a number in the interval, written "[1, inf)" or "(0, 1]". NaN is in none."""
+    """An argparse type: a number in an interval such as "[1, inf)" or "(0, 1]"; never NaN."""
     low, high = (float(end) for end in interval[1:-1].split(","))
-    words = [f"{'at least' if interval[0] == '[' else 'above'} {low:g}" if low > -math.inf else "",
-             f"{'at most' if interval[-1] == ']' else 'below'} {high:g}" if high < math.inf else ""]
+    above, below = interval[0] == "(", interval[-1] == ")"             # whether an end is left out
+    words = f"{'above' if above else 'at least'} {low:g}"
+    if high < math.inf:
+        words = f"between {low:g} and {high:g}" if above and below else (
+            f"{words} and {'below' if below else 'at most'} {high:g}")
 
     def read(text):
         try:
             value = kind(text)
-            inside = low <= value <= high and (value != low or interval[0] == "[") and (
-                value != high or interval[-1] == "]")
         except ValueError:
-            inside = False
-        if not inside:
+            value = math.nan
+        if not low <= value <= high or (above and value == low) or (below and value == high):
             raise argparse.ArgumentTypeError(
-                f"is {text}; expected a {'whole ' * (kind is int)}number " +
-                " and ".join(word for word in words if word))
+                f"is {text}; expected a {'whole ' * (kind is int)}number {words}")
         return value
     return read
 
@@ -217,10 +253,10 @@ def set_up(args):
 
 def duration(seconds):
     """A span of time for people: 45s, 3m20s, 1h05m."""
-    seconds = int(seconds)
-    if seconds < 60:
-        return f"{seconds}s"
-    return f"{seconds // 60}m{seconds % 60:02d}s" if seconds < 3600 else f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    minutes, seconds = divmod(int(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+    return f"{minutes // 60}h{minutes % 60:02d}m"
 
 
 class Progress:
@@ -231,11 +267,13 @@ class Progress:
         self.begin = self.last = time.monotonic()
 
     def update(self, done, extra=""):
-        """Print a line if `every` seconds have passed, or if this is the end. `done` counts units since the start."""
+        """Print a line if `every` seconds have passed, or at the end. done: units of this run."""
         now = time.monotonic()
         if now - self.last < self.every and done < self.total:
             return
         self.last = now
         rate = done / max(now - self.begin, 1e-9)
-        left = duration((self.total - done) / rate) + " left" if rate and done < self.total else "done"
-        print(f"  {done}/{self.total} {self.unit}  {rate:.2f}/s  {left}  {extra}".rstrip(), flush=True)
+        ended = done >= self.total or not rate
+        left = "done" if ended else f"{duration((self.total - done) / rate)} left"
+        line = f"  {done}/{self.total} {self.unit}  {rate:.2f}/s  {left}  {extra}"
+        print(line.rstrip(), flush=True)

@@ -1,18 +1,21 @@
 """Pretraining text: plain documents, not chat, as one file of token ids.
 
-    python distill.py generate --target models/smollm2-135m-instruct --documents 192 --temperatures 1 --out out/documents.jsonl
-    python data/pretrain_text.py --documents out/documents.jsonl            -> out/pretrain/train.bin, eval.bin, meta.json
+    python distill.py generate --target models/smollm2-135m-instruct --documents 192 \\
+                      --temperatures 1 --out out/documents.jsonl
+    python data/pretrain_text.py --documents out/documents.jsonl
+                                                -> out/pretrain/train.bin, eval.bin, meta.json
 
 Two kinds of text, neither of which needs a download. Documentation: the docstrings of packages that
-requirements.txt brings along anyway (and of Python itself), read from their source files without importing them:
-several million tokens of English with code among it, under BSD-like licences. And documents that the target writes
-from its bare start, the token that separates documents: samples of what it was pretrained on itself.
+requirements.txt brings along anyway (and of Python itself), read from their source files without
+importing them: several million tokens of English with code among it, under BSD-like licences. And
+documents that the target writes from its bare start, the token that separates documents: samples of
+what it was pretrained on itself.
 
-Format: raw little-endian uint16 ids, documents separated by the tokenizer's document token; meta.json says which
-tokenizer wrote it and where the text comes from. Same packages, same seed: same bytes.
+Format: raw little-endian uint16 ids, documents separated by the tokenizer's document token;
+meta.json says which tokenizer wrote it and where the text comes from. Same packages, same seed:
+same bytes.
 """
 
-import argparse
 import ast
 import importlib.metadata
 import json
@@ -30,14 +33,32 @@ if not __package__:  # run as a script: sys.path[0] is data/, the root is one up
 from data import files, tokenizer
 
 # Package: its licence as its own metadata states it. sympy and networkx come with torch.
-PACKAGES = {"sympy": "BSD-3-Clause", "torch": "BSD-3-Clause", "networkx": "BSD-3-Clause", "numpy": "BSD-3-Clause",
-            "matplotlib": "PSF-like (matplotlib licence)"}
-SKIPPED_FOLDERS = {"test", "tests", "testing", "_vendor", "site-packages", "idlelib", "lib2to3", "turtledemo", "ensurepip"}
+PACKAGES = {"sympy": "BSD-3-Clause", "torch": "BSD-3-Clause", "networkx": "BSD-3-Clause",
+            "numpy": "BSD-3-Clause", "matplotlib": "PSF-like (matplotlib licence)"}
+SKIPPED_FOLDERS = {"test", "tests", "testing", "_vendor", "site-packages", "idlelib", "lib2to3",
+                   "turtledemo", "ensurepip"}
 SHORTEST = 40  # words; below that a docstring is a label, not a document
+# The markup of reStructuredText, in the order in which it goes: (pattern, what stays of it).
+MARKUP = [
+    # Directives, targets and comments; the options of a directive.
+    (r"(?m)^[ \t]*\.\. .*$\n?", ""),
+    (r"(?m)^[ \t]*:(?!param|return|rais|arg|type|rtype|yield)[\w-]+:(?:[ \t].*)?$\n?", ""),
+    # Underlines of headings; rules of tables.
+    (r"(?m)^[ \t]*([-=~^*#+\"'`])\1{2,}[ \t]*$\n?", ""),
+    (r"(?m)^[ \t=+|-]*[=+-]{3,}[ \t=+|-]*$\n?", ""),
+    # :func:`~a.b` and :ref:`text <target>`; `text <link>`_; literals; **bold** and *italic*.
+    (r":[\w:+-]+:`~?([^`<]*?)(?:\s*<[^>]*>)?`", r"\1"),
+    (r"`([^`<>]+?)\s*<[^>]*>`_+", r"\1"),
+    (r"``([^`]+)``|`([^`]+)`_*", r"\1\2"),
+    (r"\*\*([^*\n]+)\*\*|(?<![\w*])\*([^*\s][^*\n]*)\*(?![\w*])", r"\1\2"),
+    # Footnotes; the two colons before a block of code.
+    (r"\[(\d+)\]_", ""),
+    (r"(?m)::[ \t]*$", ":"),
+]
 
 
 def docstrings(root):
-    """Docstrings of all .py files under root, in the order of the sorted paths; nothing is imported or run."""
+    """Docstrings of all .py files under root, by sorted path; nothing is imported or run."""
     for path in sorted(root.rglob("*.py")):
         folders = path.relative_to(root).parts[:-1]
         if SKIPPED_FOLDERS.intersection(folders) or path.name.startswith("test_"):
@@ -54,28 +75,22 @@ def docstrings(root):
 
 def clean(text):
     """A docstring in reStructuredText -> plain prose and code: markup goes, words stay."""
-    text = re.sub(r"(?m)^[ \t]*\.\. .*$\n?", "", text)                                # directives, targets, comments
-    text = re.sub(r"(?m)^[ \t]*:(?!param|return|rais|arg|type|rtype|yield)[\w-]+:(?:[ \t].*)?$\n?", "", text)   # a directive's options
-    text = re.sub(r"(?m)^[ \t]*([-=~^*#+\"'`])\1{2,}[ \t]*$\n?", "", text)               # underlines of headings
-    text = re.sub(r"(?m)^[ \t=+|-]*[=+-]{3,}[ \t=+|-]*$\n?", "", text)               # rules of tables
-    text = re.sub(r":[\w:+-]+:`~?([^`<]*?)(?:\s*<[^>]*>)?`", r"\1", text)           # :func:`~a.b` and :ref:`text <target>`
-    text = re.sub(r"`([^`<>]+?)\s*<[^>]*>`_+", r"\1", text)                        # `text <link>`_
-    text = re.sub(r"``([^`]+)``|`([^`]+)`_*", lambda m: m[1] or m[2], text)        # literals
-    text = re.sub(r"\*\*([^*\n]+)\*\*|(?<![\w*])\*([^*\s][^*\n]*)\*(?![\w*])", lambda m: m[1] or m[2], text)
-    text = re.sub(r"\[(\d+)\]_", "", text)                                         # footnotes
-    text = re.sub(r"(?m)::[ \t]*$", ":", text)
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in text.splitlines())).strip()
+    for pattern, stays in MARKUP:
+        text = re.sub(pattern, stays, text)
+    text = "\n".join(line.rstrip() for line in text.splitlines())
+    return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
 def without_seen_paragraphs(text, seen):
-    """The paragraphs of a document that no earlier document had (up to case, digits and spaces); adds them to `seen`.
+    """The paragraphs of a document that no earlier one had (up to case, digits and spaces); adds
+    them to `seen`.
 
-    Docstrings repeat themselves (the same parameter explained in forty functions), and a model shown the same
-    paragraph forty times learns that paragraph.
+    Docstrings repeat themselves (the same parameter explained in forty functions), and a model
+    shown the same paragraph forty times learns that paragraph.
     """
     kept = []
     for paragraph in text.split("\n\n"):
-        key = hash(" ".join(re.sub(r"[\W\d_]+", " ", paragraph.lower()).split()))
+        key = " ".join(re.sub(r"[\W\d_]+", " ", paragraph.lower()).split())
         if key not in seen:
             seen.add(key)
             kept.append(paragraph)
@@ -89,24 +104,27 @@ def mostly_words(text):
 
 
 def documentation():
-    """Yield (source name, licence, documents) for Python and for each package that is installed."""
+    """Yield (source name, licence, documents) for Python and for each package installed."""
+    # The language reference, as help() prints it.
+    from pydoc_data import topics
+
     library, site = Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))
-    seen = set()
+    python, seen = f"Python {platform.python_version()}", set()
 
     def documents(texts):
         cleaned = (without_seen_paragraphs(clean(text), seen) for text in texts)
         return [text for text in cleaned if mostly_words(text)]
 
-    from pydoc_data import topics  # the language reference, as help() prints it
-
-    yield f"Python {platform.python_version()}: language reference (pydoc topics)", "PSF-2.0", documents(
+    yield f"{python}: language reference (pydoc topics)", "PSF-2.0", documents(
         topics.topics[name] for name in sorted(topics.topics))
-    yield f"Python {platform.python_version()}: docstrings", "PSF-2.0", documents(docstrings(library))
+    yield f"{python}: docstrings", "PSF-2.0", documents(docstrings(library))
     for package, licence in PACKAGES.items():
         if not (site / package).is_dir():
-            print(f"{package} is not installed: left out (pip install -r requirements.txt brings it)")
+            print(f"{package} is not installed: left out (pip install -r requirements.txt brings "
+                  f"it)")
             continue
-        yield f"{package} {importlib.metadata.version(package)}: docstrings", licence, documents(docstrings(site / package))
+        name = f"{package} {importlib.metadata.version(package)}: docstrings"
+        yield name, licence, documents(docstrings(site / package))
 
 
 def written_by_target(paths, tok):
@@ -114,35 +132,40 @@ def written_by_target(paths, tok):
     for path in paths:
         for number, record in enumerate(files.read_jsonl(path), 1):
             ids = record.get("response_ids")
-            if not isinstance(ids, list) or any(not isinstance(i, int) or not 0 <= i < tok.vocab_size for i in ids):
-                raise ValueError(f"{path}, record {number}: expected response_ids, tokens below {tok.vocab_size}, as distill.py "
-                                 f"generate --documents writes them with this tokenizer")
+            if not isinstance(ids, list) or not all(
+                    isinstance(i, int) and 0 <= i < tok.vocab_size for i in ids):
+                raise ValueError(f"{path}, record {number}: expected response_ids, tokens below "
+                                 f"{tok.vocab_size}, as distill.py generate --documents writes "
+                                 f"them with this tokenizer")
             if len(ids) >= SHORTEST:
                 yield ids
 
 
 def write_tokens(out, documents, sources, tok, eval_fraction, seed):
-    """Shuffle documents (lists of ids), split them whole, and write train.bin, eval.bin and meta.json into `out`."""
+    """Shuffle documents (lists of ids), split them whole, and write train.bin, eval.bin and
+    meta.json into `out`. Returns the number of tokens in each."""
     if tok.vocab_size > 2 ** 16:
-        raise ValueError(f"the tokenizer has {tok.vocab_size} tokens; the token file's uint16 holds at most 65536")
-    random = np.random.default_rng(seed)
-    documents = [documents[i] for i in random.permutation(len(documents))]
+        raise ValueError(f"the tokenizer has {tok.vocab_size} tokens; the token file's uint16 "
+                         f"holds at most 65536")
+    order = np.random.default_rng(seed).permutation(len(documents))
+    documents = [documents[i] for i in order]
     held_out = max(1, round(eval_fraction * len(documents)))
     if len(documents) <= held_out:
-        raise ValueError(f"{len(documents)} documents are too few to hold out {eval_fraction} of them for evaluation")
+        raise ValueError(f"{len(documents)} documents are too few to hold out {eval_fraction} of "
+                         f"them for evaluation")
     counts = {}
     for name, part in (("eval", documents[:held_out]), ("train", documents[held_out:])):
-        ids = np.concatenate([np.array([*document, tok.document_id], dtype="<u2") for document in part])
+        ids = np.concatenate([np.array([*ids, tok.document_id], dtype="<u2") for ids in part])
         counts[f"{name}_tokens"] = len(ids)
         with files.atomic(out / f"{name}.bin") as temporary:
             ids.tofile(temporary)
-    meta = {"vocab_size": tok.vocab_size, "tokenizer_fingerprint": tok.fingerprint, **counts, "seed": seed, "sources": sources}
-    with files.atomic(out / "meta.json") as temporary:
-        temporary.write_text(json.dumps(meta, indent=1) + "\n")
+    files.write_json(out / "meta.json", {
+        "vocab_size": tok.vocab_size, "tokenizer_fingerprint": tok.fingerprint, **counts,
+        "seed": seed, "sources": sources})
     return counts
 
 
-# ---- Reading it: what train.py and distill.py mix in -----------------------------------------
+# ---- Reading it: what train.py and distill.py mix in -------------------------------------------
 
 def read(folder, tok, context):
     """The tokens of folder's train.bin and eval.bin: two uint16 arrays, mapped from the files.
@@ -197,31 +220,35 @@ def spread(tokens, context, count):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", type=Path, default=Path("models/smollm2-135m-instruct"), help="folder of the target's tokenizer")
-    parser.add_argument("--out", type=Path, default=Path("out/pretrain"), help="folder to write (default out/pretrain)")
-    parser.add_argument("--documents", type=Path, nargs="*", default=[], help="records of distill.py generate --documents, added")
-    parser.add_argument("--eval-fraction", type=float, default=0.01, help="share of documents held out (default 0.01)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = files.Parser(description=__doc__)
+    parser.add_argument("--tokenizer", type=Path, default=Path("models/smollm2-135m-instruct"),
+                        help="folder of the target's tokenizer")
+    parser.add_argument("--out", type=Path, default=Path("out/pretrain"),
+                        help="folder to write (default out/pretrain)")
+    parser.add_argument("--documents", type=Path, nargs="*", default=[],
+                        help="records of distill.py generate --documents, added")
+    files.add_numbers(parser, ("eval-fraction", 0.01, "(0, 1)", "share of documents held out"),
+                      ("seed", 0, "[0, 9e18]", "same packages, same seed, same bytes"))
     args = parser.parse_args()
-    if not 0 < args.eval_fraction < 1:
-        raise ValueError(f"--eval-fraction is {args.eval_fraction}; expected between 0 and 1")
     tok = tokenizer.load(args.tokenizer)
     documents, sources = [], []
 
     def add(name, licence, new):
         documents.extend(new)
-        sources.append({"name": name, "licence": licence, "documents": len(new), "tokens": sum(map(len, new))})
-        print(f"{sources[-1]['tokens']:10,} tokens {len(new):6,} documents  {name}, {licence}", flush=True)
+        tokens = sum(map(len, new))
+        sources.append({"name": name, "licence": licence, "documents": len(new), "tokens": tokens})
+        print(f"{tokens:10,} tokens {len(new):6,} documents  {name}, {licence}", flush=True)
 
     for name, licence, texts in documentation():
         add(name, licence, [tok.encode(text) for text in texts])
     if args.documents:
-        add("written by the target from its bare start", "Apache-2.0 (the model's)", list(written_by_target(args.documents, tok)))
+        add("written by the target from its bare start", "Apache-2.0 (the model's)",
+            list(written_by_target(args.documents, tok)))
     counts = write_tokens(args.out, documents, sources, tok, args.eval_fraction, args.seed)
-    print(f"wrote {args.out}: {counts['train_tokens']:,} training and {counts['eval_tokens']:,} evaluation tokens")
-    print(f"next: python train.py --model small-drafter --data {args.out} --tokenizer {args.tokenizer} "
-          f"--embed-from {args.tokenizer} --out out/drafter-base")
+    print(f"wrote {args.out}: {counts['train_tokens']:,} training and {counts['eval_tokens']:,} "
+          f"evaluation tokens")
+    print(f"next: python train.py --model small-drafter --data {args.out} --tokenizer "
+          f"{args.tokenizer} --embed-from {args.tokenizer} --out out/drafter-base")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Pictures and tables of what was measured: the tiny world's stages side by side, and the curves of a comparison of losses.
+"""Pictures and tables of what was measured: decoding, the tiny world's stages, and losses compared.
 
-    python data/report.py --dir out/tiny --out out/demo.png                        what `make demo` ends with
-    python data/report.py --runs out/kld out/tvd++ --out out/alpha.png             acceptance rate against positions seen
+    python data/report.py --dir out/tiny --out out/demo.png          what `make demo` ends with
+    python data/report.py --runs out/kld out/tvd++ --out out/alpha.png
+                                                         acceptance rate against positions seen
 
-distill.py compare draws its curves with draw_curves().
+speculate.py --bench and distill.py compare print and draw their results with it, too.
 """
 
-import argparse
 import json
 import math
 import platform
@@ -20,68 +20,132 @@ if not __package__:  # run as a script: sys.path[0] is data/, the root is one up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from data import files
 
-DRAFTERS = {"base": "before: pretrained only", "more": "control: next-token loss, as many steps", "aligned": "after: aligned with the target"}
+DRAFTERS = {"base": "before: pretrained only", "more": "control: next-token loss, as many steps",
+            "aligned": "after: aligned with the target"}
+STAGES = {"target-base": "target, pretraining", "target": "target, chat tuning (loss on answers)",
+          "drafter-base": "drafter, pretraining",
+          "drafter-more": "drafter, control (loss on answers)"}
 
+
+# ---- The tiny world's stages -------------------------------------------------------------------
 
 def report(args):
     """Table and picture of a folder with the logs and benchmarks of `make demo`."""
-    rows = {}                                     # (drafter, task, temperature, gamma) -> a row of the benchmark
+    rows = {}                         # (drafter, task, temperature, gamma): a row of the benchmark
     for name in DRAFTERS:
         for path in sorted(args.dir.glob(f"bench-{name}-*.json")):
             for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
                 if row["task"] != "all":
                     rows[name, row["task"], row["temperature"], row["gamma"]] = row
     logs = {name: files.read_jsonl(args.dir / name / "log.jsonl")
-            for name in ("target-base", "target", "drafter-base", "drafter-more", "drafter-aligned")}
+            for name in (*STAGES, "drafter-aligned")}
     cases = list(dict.fromkeys(key[1:] for key in rows))
-    if not all(("base", *case) in rows and ("aligned", *case) in rows for case in cases) or not cases:
-        raise ValueError(f"{args.dir}: holds no benchmarks of the same tasks for base and aligned (bench-base-*.json, bench-aligned-*.json): "
-                         f"run make demo, or the benchmarks as README.md shows them")
+    if not cases or not all({("base", *case), ("aligned", *case)} <= rows.keys() for case in cases):
+        raise ValueError(f"{args.dir}: holds no benchmarks of the same tasks for base and aligned "
+                         f"(bench-base-*.json, bench-aligned-*.json): run make demo, or the "
+                         f"benchmarks as README.md shows them")
     for task, temperature, gamma in cases:
-        print(f"\n{task}; temperature {temperature:g}, gamma {gamma}, {rows['base', task, temperature, gamma]['prompts']} prompts")
+        print(f"\n{task}; temperature {temperature:g}, gamma {gamma}, "
+              f"{rows['base', task, temperature, gamma]['prompts']} prompts")
         for name, label in DRAFTERS.items():
             if row := rows.get((name, task, temperature, gamma)):
-                print(f"  {label:40} tau {row['tau']:.2f}  alpha {row['alpha']:.3f} ({row['alpha_low']:.3f} to {row['alpha_high']:.3f})  "
-                      f"speed-up {row['speedup']:.2f} ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})")
+                print("  {:40} tau {tau:.2f}  alpha {alpha:.3f} ({alpha_low:.3f} to "
+                      "{alpha_high:.3f})  speed-up {speedup:.2f} ({speedup_low:.2f} to "
+                      "{speedup_high:.2f})".format(label, **row))
     draw(args.out, logs, rows, cases)
     print(f"\nwrote {args.out}")
     base, aligned = rows["base", *cases[0]], rows["aligned", *cases[0]]
     if args.check and not aligned["alpha_low"] > base["alpha_high"]:
-        raise ValueError(f"alignment did not raise alpha beyond its interval: {base['alpha']:.3f} (to {base['alpha_high']:.3f}) before, "
-                         f"{aligned['alpha']:.3f} (from {aligned['alpha_low']:.3f}) after")
+        raise ValueError(f"alignment did not raise alpha beyond its interval: {base['alpha']:.3f} "
+                         f"(to {base['alpha_high']:.3f}) before, {aligned['alpha']:.3f} (from "
+                         f"{aligned['alpha_low']:.3f}) after")
 
 
 def draw(path, logs, rows, cases):
-    """Three panels: losses of all trainings, the held-out acceptance rate during alignment, block efficiency by task."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (losses_panel, alpha_panel, tau_panel) = pyplot.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
-    labels = {"target-base": "target, pretraining", "target": "target, chat tuning (loss on answers)",
-              "drafter-base": "drafter, pretraining", "drafter-more": "drafter, control (loss on answers)"}
-    for name, label in labels.items():
-        points = [(row["tokens"] / 1e6, row["eval_loss"]) for row in logs[name] if "eval_loss" in row]
-        losses_panel.plot(*zip(*points), label=label)
-    losses_panel.set(xlabel="million tokens seen in that stage", ylabel="evaluation loss, nats a token", title="Next-token training")
+    """Three panels: losses of all trainings, the held-out acceptance rate during alignment, block
+    efficiency by task."""
+    drawing, (losses_panel, alpha_panel, tau_panel) = figure(15, 4.2, panels=3)
+    for name, label in STAGES.items():
+        seen, losses = curve(logs[name], "tokens", "eval_loss")
+        losses_panel.plot(seen / 1e6, losses, label=label)
+    losses_panel.set(xlabel="million tokens seen in that stage", title="Next-token training",
+                     ylabel="evaluation loss, nats a token")
     losses_panel.set_ylim(top=min(losses_panel.get_ylim()[1], 6.0))
     losses_panel.legend()
-    points = [(row["step"], row["held_out_alpha"]) for row in logs["drafter-aligned"] if "held_out_alpha" in row]
-    alpha_panel.plot(*zip(*points), marker="o", markersize=3)
-    alpha_panel.set(xlabel="fine-tuning steps", ylabel="E[sum min(p, q)], held-out answers", title="Alignment", ylim=(0, 1))
-    shown = [case for case in cases if case[2] == min(c[2] for c in cases)]      # one gamma: taus of two do not compare
+    alpha_panel.plot(*curve(logs["drafter-aligned"], "step", "held_out_alpha"), marker="o",
+                     markersize=3)
+    alpha_panel.set(xlabel="fine-tuning steps", ylabel="E[sum min(p, q)], held-out answers",
+                    title="Alignment", ylim=(0, 1))
+    gamma = min(case[2] for case in cases)              # one gamma: taus of two do not compare
+    shown = [case for case in cases if case[2] == gamma]
     present = [name for name in DRAFTERS if any(key[0] == name for key in rows)]
     for k, name in enumerate(present):
-        heights = [rows[name, *case]["tau"] for case in shown]
-        bars = tau_panel.bar([i + (k - (len(present) - 1) / 2) * 0.27 for i in range(len(shown))], heights, 0.25, label=DRAFTERS[name])
+        at = np.arange(len(shown)) + (k - (len(present) - 1) / 2) * 0.27
+        bars = tau_panel.bar(at, [rows[name, *case]["tau"] for case in shown], 0.25,
+                             label=DRAFTERS[name])
         tau_panel.bar_label(bars, fmt="%.2f", fontsize=8)
     tau_panel.axhline(1, color="grey", linewidth=0.8)
-    tau_panel.set_xticks(range(len(shown)), [f"{task}\nT = {temperature:g}" for task, temperature, _ in shown])
-    tau_panel.set(ylabel=f"tau at gamma {shown[0][2]}", title="Block efficiency by task", ylim=(0, shown[0][2] + 1))
+    tau_panel.set_xticks(range(len(shown)), [f"{task}\nT = {t:g}" for task, t, _ in shown])
+    tau_panel.set(ylabel=f"tau at gamma {gamma}", title="Block efficiency by task",
+                  ylim=(0, gamma + 1))
     tau_panel.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    save(drawing, path)
 
+
+# ---- Pictures ----------------------------------------------------------------------------------
+
+def figure(width, height, panels=1):
+    """A figure, in inches, and its panel, or panels side by side."""
+    # Not pyplot, which may look for a screen.
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(width, height), layout="constrained")
+    return drawing, drawing.subplots(1, panels)
+
+
+def curve(log, x, y):
+    """Columns x and y of the rows of a log that have y: an array (2, points)."""
+    return np.array([(row[x], row[y]) for row in log if y in row]).reshape(-1, 2).T
+
+
+def save(drawing, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawing.savefig(path, dpi=110)
+
+
+def draw_curves(path, curves):
+    """Held-out acceptance rate against steps, one line a loss (mean over seeds), its seeds faintly
+    behind it."""
+    drawing, axes = figure(8, 5)
+    for k, (name, seeds) in enumerate(curves.items()):
+        lines = np.array(seeds)                                      # (seeds, points, 2)
+        for points in lines:
+            axes.plot(*points.T, color=f"C{k}", alpha=0.2)
+        axes.plot(*lines.mean(0).T, color=f"C{k}", label=name)
+    axes.set(xlabel="fine-tuning steps", ylabel="E[sum min(p, q)] on held-out answers",
+             title="Which loss is better?")
+    drawing.legend(loc="outside right center")
+    save(drawing, path)
+
+
+def draw_runs(path, folders):
+    """Held-out acceptance rate against answer positions seen, of fine-tunings that each went on
+    from the one before."""
+    drawing, axes = figure(7, 4)
+    before = 0
+    for folder in folders:
+        log = files.read_jsonl(folder / "log.jsonl")
+        seen, alphas = curve(log, "positions", "held_out_alpha")
+        seen = (seen + before) / 1e6
+        axes.plot(seen, alphas, marker="o", markersize=3, label=folder.name)
+        print(f"{folder}: " + ", ".join(f"{a:.3f} ({x:.2f} M)" for x, a in zip(seen, alphas)))
+        before += log[-1]["positions"]
+    axes.set(xlabel="million answer positions seen", ylabel="E[sum min(p, q)], held-out answers")
+    axes.legend()
+    save(drawing, path)
+
+
+# ---- Decoding, measured ------------------------------------------------------------------------
 
 def bench_row(task, gamma, runs, args, verify_cost, draft_cost, size):
     """One row of figures over these prompts; runs: (plain, speculative) results of timed()."""
@@ -153,6 +217,8 @@ def machine():
     return f"{name}, {torch.get_num_threads()} threads{gpu}, torch {torch.__version__}"
 
 
+# ---- Losses, compared --------------------------------------------------------------------------
+
 # Student's t at 97.5 % for 1, 2, ... degrees of freedom: three seeds say little, and the interval
 # must say so.
 STUDENT = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]
@@ -185,48 +251,16 @@ def print_comparison(names, runs):
             print(line.replace(" ± nan", ""))                    # one seed has no interval
 
 
-def draw_curves(path, curves):
-    """Held-out acceptance rate against steps, one line a loss (mean over seeds), its seeds faintly behind it."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for k, (name, seeds) in enumerate(curves.items()):
-        for points in seeds:
-            axes.plot(*zip(*points), color=f"C{k}", alpha=0.2)
-        axes.plot([step for step, _ in seeds[0]], np.mean([[a for _, a in points] for points in seeds], 0), color=f"C{k}", label=name)
-    axes.set(xlabel="fine-tuning steps", ylabel="E[sum min(p, q)] on held-out answers", title="Which loss is better?")
-    figure.legend(loc="outside right center")
-    figure.savefig(path, dpi=110)
-
-
-def draw_runs(path, folders):
-    """Held-out acceptance rate against answer positions seen, of fine-tunings that each went on from the one before."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    before = 0
-    for folder in folders:
-        rows = files.read_jsonl(folder / "log.jsonl")
-        points = [((before + row["positions"]) / 1e6, row["held_out_alpha"]) for row in rows if "held_out_alpha" in row]
-        axes.plot(*zip(*points), marker="o", markersize=3, label=folder.name)
-        print(f"{folder}: " + ", ".join(f"{alpha:.3f} ({x:.2f} M)" for x, alpha in points))
-        before += rows[-1]["positions"]
-    axes.set(xlabel="million answer positions seen", ylabel="E[sum min(p, q)], held-out answers")
-    axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-
-
 def main():
-    parser = argparse.ArgumentParser(description="Table and picture of what make demo measured.")
-    parser.add_argument("--dir", type=Path, default=Path("out/tiny"), help="folder of the stages (default out/tiny)")
-    parser.add_argument("--out", type=Path, default=Path("out/demo.png"), help="picture to write (default out/demo.png)")
-    parser.add_argument("--check", action="store_true", help="fail unless alignment raised alpha beyond its interval")
-    parser.add_argument("--runs", type=Path, nargs="+", metavar="DIR", help="instead: draw the acceptance rate along these fine-tunings")
+    parser = files.Parser(description="Table and picture of what make demo measured.")
+    parser.add_argument("--dir", type=Path, default=Path("out/tiny"),
+                        help="folder of the stages (default out/tiny)")
+    parser.add_argument("--out", type=Path, default=Path("out/demo.png"),
+                        help="picture to write (default out/demo.png)")
+    parser.add_argument("--check", action="store_true",
+                        help="fail unless alignment raised alpha beyond its interval")
+    parser.add_argument("--runs", type=Path, nargs="+", metavar="DIR",
+                        help="instead: draw the acceptance rate along these fine-tunings")
     args = parser.parse_args()
     if args.runs:
         draw_runs(args.out, args.runs)

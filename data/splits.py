@@ -1,14 +1,15 @@
-"""Three splits that must not touch: is a held-out prompt, or a near copy of one, in the training data?
+"""Three splits that must not touch: is a held-out prompt, or a near copy, in the training data?
 
-    python data/splits.py                                                    dev prompts against test prompts
-    python data/splits.py --train out/records.jsonl                          training records against both
-    python data/splits.py --train out/records.jsonl --drop out/clean.jsonl   writes the records without the offenders
+    python data/splits.py                                          dev prompts against test prompts
+    python data/splits.py --train out/records.jsonl                training records against both
+    python data/splits.py --train out/records.jsonl --drop out/clean.jsonl
+                                                           writes the records without near copies
 
-A near copy: equal after normalising (case, punctuation, spaces), or a shared run of 8 words in the instruction, or of
-13 words in the answer. Results on prompts that the drafter saw in training would flatter it.
+A near copy: equal after normalising (case, punctuation, spaces), or a shared run of 8 words in the
+instruction, or of 13 words in the answer. Results on prompts that the drafter saw in training would
+flatter it.
 """
 
-import argparse
 import sys
 import unicodedata
 from pathlib import Path
@@ -18,32 +19,34 @@ if not __package__:  # run as a script: sys.path[0] is data/, the root is one up
 from data import files
 
 INSTRUCTION_WORDS, ANSWER_WORDS = 8, 13
+STANDARD = [Path("data/prompts/test.jsonl"), Path("data/prompts/dev.jsonl")]
 
 
 def normalise(text):
-    """The words of a text as a tuple: compatibility forms and case folded, letters and digits only."""
+    """The words of a text as a tuple: compatibility forms and case folded, letters and digits."""
     text = unicodedata.normalize("NFKC", text).casefold()
     return tuple("".join(c if c.isalnum() else " " for c in text).split())
 
 
 def runs(words, length):
-    """Every run of `length` words, as a set of tuples."""
+    """Every run of `length` words of a tuple, as a set of tuples."""
     return {words[i:i + length] for i in range(len(words) - length + 1)}
 
 
 def texts(row):
-    """(instructions, answer) of a prompt or a record: the user's turns, normalised, and the response's words."""
-    messages = row["messages"] if "messages" in row else [{"role": "user", "content": row.get("prompt", "")}]
-    return [normalise(m["content"]) for m in messages if m["role"] == "user"], normalise(row.get("response", ""))
+    """(instructions, answer) of a prompt or record: the user's turns and the response, as words."""
+    instructions = [m["content"] for m in files.messages_of(row) if m["role"] == "user"]
+    return [normalise(text) for text in instructions], normalise(row.get("response", ""))
 
 
 def overlaps(training, held_out):
-    """[(training index, held-out index, kind, words)] of all near copies; rows are prompts or records (dicts).
+    """[(training index, held-out index, kind, words)] of all near copies; rows are prompts or
+    records (dicts).
 
-    kind: "equal", "instruction" (8 words shared) or "answer" (13 words shared by a training answer and a held-out
-    prompt or answer).
+    kind: "equal", "instruction" (8 words shared) or "answer" (13 words shared by a training answer
+    and a held-out prompt or answer).
     """
-    equal, instruction, answer = {}, {}, {}
+    equal, instruction, answer = {}, {}, {}                             # words -> held-out index
     for index, row in enumerate(held_out):
         instructions, response = texts(row)
         for words in instructions:
@@ -55,51 +58,62 @@ def overlaps(training, held_out):
     for index, row in enumerate(training):
         instructions, response = texts(row)
         found = [(equal[words], "equal", words) for words in instructions if words in equal]
-        found += [(instruction[run], "instruction", run) for words in instructions for run in runs(words, INSTRUCTION_WORDS)
-                  if run in instruction]
-        found += [(answer[run], "answer", run) for run in runs(response, ANSWER_WORDS) if run in answer]
-        if found:
-            where, kind, words = min(found, key=lambda f: (f[1] != "equal", f))     # one finding a row, always the same one
-            findings.append((index, where, kind, " ".join(words)))
+        found += [(instruction[run], "instruction", run) for words in instructions
+                  for run in runs(words, INSTRUCTION_WORDS) if run in instruction]
+        found += [(answer[run], "answer", run) for run in runs(response, ANSWER_WORDS)
+                  if run in answer]
+        if found:                                  # one finding a row, always the same one
+            match, kind, words = min(found, key=lambda f: (f[1] != "equal", f))
+            findings.append((index, match, kind, " ".join(words)))
     return findings
 
 
 def read(path):
-    """[(path, row number, row)] of a file of prompts or records; ValueError names the row that has no text to compare."""
+    """[(path, row number, row)] of a file of prompts or records.
+
+    ValueError names a row that has no text to compare: it would pass as clean.
+    """
     rows = files.read_jsonl(path)
     for number, row in enumerate(rows, 1):
-        messages = row["messages"] if "messages" in row else [{"role": "user", "content": row.get("prompt")}]
-        whole = isinstance(messages, list) and isinstance(row.get("response", ""), str) and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages)
-        document = whole and messages == [] and normalise(row.get("response", ""))  # written from a bare start: only its text is compared
-        if not whole or not (document or any(m["role"] == "user" for m in messages)):  # a row never compared would pass as clean
-            raise ValueError(f'{path}, row {number}: expected a text "prompt" or "messages" with a user\'s turn (and, in a '
-                             f'record, a text "response"); mend or delete that row')
+        messages, instructions, answer = files.messages_of(row), [], ()
+        if messages is not None and isinstance(row.get("response", ""), str):
+            instructions, answer = texts(row)
+        # Without messages it is a document, written from a bare start: only its text is compared.
+        if not instructions and (messages or not answer):
+            raise ValueError(f'{path}, row {number}: expected a text "prompt" or "messages" with a '
+                             f'user\'s turn (and, in a record, a text "response"); mend or delete '
+                             f'that row')
     if not rows:
         raise ValueError(f"{path}: no rows in it, so there is nothing to compare")
     return [(path, number, row) for number, row in enumerate(rows, 1)]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", type=Path, nargs="+", default=[Path("data/prompts/dev.jsonl")], help="prompts or records (default: dev)")
-    parser.add_argument("--held-out", type=Path, nargs="+", help="prompts (default: test, and dev where --train is not dev)")
-    parser.add_argument("--drop", type=Path, metavar="OUT", help="write the training rows without the offenders")
+    parser = files.Parser(description=__doc__)
+    parser.add_argument("--train", type=Path, nargs="+", default=STANDARD[1:],
+                        help="prompts or records (default: dev)")
+    parser.add_argument("--held-out", type=Path, nargs="+",
+                        help="prompts (default: test, and dev where --train is not dev)")
+    parser.add_argument("--drop", type=Path, metavar="OUT",
+                        help="write the training rows without the offenders")
     args = parser.parse_args()
-    standard = [Path("data/prompts/test.jsonl"), Path("data/prompts/dev.jsonl")]
-    held_paths = args.held_out or [path for path in standard if path.resolve() not in {p.resolve() for p in args.train}]
+    trained = {path.resolve() for path in args.train}
+    held_paths = args.held_out or [path for path in STANDARD if path.resolve() not in trained]
     if not held_paths:
         raise ValueError("--train names every standard split: give --held-out FILE to compare with")
     held_out = [entry for path in held_paths for entry in read(path)]
     training = [entry for path in args.train for entry in read(path)]
-    findings = overlaps([row for _, _, row in training], [row for _, _, row in held_out])
-    for index, where, kind, words in findings:
-        print("{} row {} ~ {} row {}: {}: {}".format(*training[index][:2], *held_out[where][:2], kind, words))
-    print(f"{len(training)} training rows, {len(held_out)} held-out prompts: {len(findings)} near copies")
+    findings = overlaps([row for *_, row in training], [row for *_, row in held_out])
+    for index, match, kind, words in findings:
+        print("{} row {} ~ {} row {}: {}: {}".format(*training[index][:2], *held_out[match][:2],
+                                                     kind, words))
+    print(f"{len(training)} training rows, {len(held_out)} held-out prompts: {len(findings)} near "
+          f"copies")
     if args.drop:
         offenders = {index for index, *_ in findings}
-        files.write_jsonl(args.drop, [row for index, (_, _, row) in enumerate(training) if index not in offenders])
-        print(f"wrote {args.drop}: {len(training) - len(offenders)} rows")
+        kept = [row for index, (*_, row) in enumerate(training) if index not in offenders]
+        files.write_jsonl(args.drop, kept)
+        print(f"wrote {args.drop}: {len(kept)} rows")
     elif findings:
         sys.exit(1)
 
