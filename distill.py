@@ -189,12 +189,14 @@ def finetune(args):
 # ---- Stage 3: the draft vocabulary, and the target's states on disk ----------------------------
 
 def draft_vocabulary(examples, size, tok):
-    """(K,) ids that the drafter may propose, the most frequent first: the `size` tokens that the
-    target's answers use most, among them always the end tokens and every byte."""
+    """(K,) ids that the drafter may propose: always the end tokens and every byte, so that no text
+    is beyond it, then those that the target's answers use most, `size` in all."""
     counts = np.zeros(tok.vocab_size, dtype=np.int64)
     for e in examples:
         np.add.at(counts, e.tokens[e.first:], 1)
-    counts[[*tok.eos_ids, *getattr(tok, "byte_ids", [])]] += counts.max() + 1
+    always = list({*tok.eos_ids, *tok.byte_ids})
+    counts[always] += counts.max() + 1
+    size = max(size, len(always))
     return torch.from_numpy(np.argsort(-counts, kind="stable")[:size].copy())
 
 

@@ -177,6 +177,11 @@ class Tokenizer:
         return self._bytes[token]
 
     @functools.cached_property
+    def byte_ids(self):
+        """The tokens of one byte each: with them any text can be written."""
+        return [token for token in range(self.vocab_size) if len(self.piece(token)) == 1]
+
+    @functools.cached_property
     def _template(self):
         if not self.chat_template:
             raise ValueError(f"{self.folder}: its tokenizer_config.json has no chat_template, so it is not a chat model")
