@@ -43,7 +43,7 @@ def report(args):
     if not cases or not all({("base", *case), ("aligned", *case)} <= rows.keys() for case in cases):
         raise ValueError(f"{args.dir}: holds no benchmarks of the same tasks for base and aligned "
                          f"(bench-base-*.json, bench-aligned-*.json): run make demo, or the "
-                         f"benchmarks as README.md shows them")
+                         f"benchmarks as data/README.md shows them")
     for task, temperature, gamma in cases:
         print(f"\n{task}; temperature {temperature:g}, gamma {gamma}, "
               f"{rows['base', task, temperature, gamma]['prompts']} prompts")
