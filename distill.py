@@ -20,7 +20,6 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import itertools
 import json
 import re
@@ -110,14 +109,10 @@ def align(draft, target, states, training, held_out, pretraining, tok, args):
     loss = losses.choose(args.loss, args.samples, args.baseline, generator)
     if args.draft_vocabulary:
         draft.draft_vocabulary = draft_vocabulary(training, args.draft_vocabulary, tok).to(device)
-    settings = {name: getattr(args, name) for name in (
-        *train.DECIDING, "loss", "samples", "baseline", "pretrain_fraction", "pretrain_context",
-        "draft_vocabulary")} | dataclasses.asdict(draft.config) | {
-        "target": states.folder.name, "loss's file": losses.file_of(args.loss),
-        "records": files.fingerprint([e.tokens for e in training + held_out])}
+    settings = deciding(args, draft, states, training + held_out)
     # What a baseline of the sampled losses remembers of earlier steps is a part of the checkpoint.
-    memory = getattr(loss, "keywords", {}).get("baseline")
-    memory = vars(memory) if isinstance(memory, losses.RunningMean) else {}
+    baseline = getattr(loss, "keywords", {}).get("baseline")
+    memory = vars(baseline) if isinstance(baseline, losses.RunningMean) else {}
     autocast = torch.autocast(device.type, states.dtype, enabled=states.dtype != torch.float32)
     run = train.Run(args, draft, settings, "positions", "held_out_alpha",
                     lambda: acceptance(draft, target, states, held_out), generator, memory)
@@ -144,6 +139,18 @@ def align(draft, target, states, training, held_out, pretraining, tok, args):
         run.update(value, sum(e.count for e in batch), alpha=alpha, **more)
         draft.head_weight().data[fixed] = kept
     return run.value
+
+
+def deciding(args, draft, states, examples):
+    """All that a fine-tuning's result depends on, as a dict: --resume refuses another, and compare
+    trains anew."""
+    names = (*train.DECIDING, "loss", "samples", "baseline", "draft_vocabulary",
+             "pretrain_fraction", "pretrain_context")
+    text = args.pretrain_data and args.pretrain_fraction and args.pretrain_data / "train.bin"
+    return {name: getattr(args, name) for name in names} | dataclasses.asdict(draft.config) | {
+        "target": states.folder.name, "start": files.fingerprint(args.draft),
+        "records": files.fingerprint([dataclasses.astuple(e) for e in examples]),
+        "loss's file": losses.file_of(args.loss), "text": text and files.fingerprint(text)}
 
 
 def load_pair(args):
@@ -174,10 +181,8 @@ def finetune(args):
     tok, target, draft = load_pair(args)
     training, held_out, pretraining = read_training(args, tok)
     states = TargetStates(target, args.target, getattr(torch, args.dtype))
-    epochs = args.steps * args.batch_size / len(training)
-    print(f"drafter {args.draft}: {draft.parameter_count() / 1e6:.2f} M parameters, {args.loss}; "
-          f"{len(training)} records for training, {len(held_out)} held out; {args.steps} steps of "
-          f"{args.batch_size} are {epochs:.1f} epochs")
+    print(f"drafter of {draft.parameter_count() / 1e6:.2f} M parameters; {len(training)} records, "
+          f"{len(held_out)} held out; {args.steps * args.batch_size / len(training):.1f} epochs")
     alpha = align(draft, target, states, training, held_out, pretraining, tok, args)
     tau3, tau5 = (losses.implied_tau(alpha, gamma) for gamma in (3, 5))
     print(f"wrote {args.out}: held-out acceptance rate {alpha:.4f} at temperature 1 (implied tau: "
@@ -220,12 +225,11 @@ class TargetStates:
 
     def __init__(self, target, folder, dtype):
         self.target, self.dtype = target, dtype
-        key = files.fingerprint(Path(folder), str(dtype))            # bfloat16 leaves its rounding
-        self.folder = files.cache_dir("target-states", key)
+        # With the dtype: bfloat16 leaves its rounding in them.
+        self.folder = files.cache_dir("target-states", files.fingerprint(Path(folder), str(dtype)))
 
     def path(self, example):
-        content = json.dumps([example.tokens, example.first]).encode()
-        return self.folder / f"{hashlib.blake2b(content, digest_size=16).hexdigest()}.npy"
+        return self.folder / f"{files.fingerprint(dataclasses.astuple(example))}.npy"
 
     def add(self, examples, states):
         """Keep the states (N, D) at the positions of these examples."""
@@ -311,9 +315,8 @@ def write_records(target, tok, prompts, out, seed, temperatures=(0, 0.3, 0.7, 1.
     for number, prompt in enumerate(prompts):
         ids = tok.chat_prompt(prompt["messages"]) if prompt["messages"] else [tok.document_id]
         if len(ids) + max_new_tokens > limit:
-            raise ValueError(f"prompt {number + 1} has {len(ids)} tokens; with {max_new_tokens} "
-                             f"new ones it exceeds the model's context of {limit}: shorten it, or "
-                             f"lower --max-new-tokens")
+            raise ValueError(f"prompt {number + 1}, {len(ids)} tokens and {max_new_tokens} new, "
+                             f"exceeds the model's context of {limit}: lower --max-new-tokens")
         for k in range(per_prompt):
             temperature = temperatures[len(items) % len(temperatures)]
             items.append((ids, {"id": f"{number:05d}.{k}", **prompt, "temperature": temperature}))
@@ -321,8 +324,8 @@ def write_records(target, tok, prompts, out, seed, temperatures=(0, 0.3, 0.7, 1.
     done = {row["id"]: row for row in files.read_jsonl(out)} if out.is_file() else {}
     for _, item in items:
         if item["id"] in done and done[item["id"]]["messages"] != item["messages"]:
-            raise ValueError(f"{out}: record {item['id']} answers another prompt than the one "
-                             f"given now; choose another --out")
+            raise ValueError(f"{out}: record {item['id']} answers another prompt than today's; "
+                             f"choose another --out")
     missing = [item for item in items if item[1]["id"] not in done]
     print(f"{len(items)} answers wanted, {len(items) - len(missing)} already in {out}")
     generator = torch.Generator(target.embed_tokens.weight.device).manual_seed(seed + len(done))
@@ -357,9 +360,8 @@ def self_instruct(target, tok, count, out, args):
     """
     turn = tok.chat_prompt([{"role": "user", "content": ""}], add_generation_prompt=False)
     if tok.eos_id not in turn:
-        raise ValueError("this model's chat template does not end the user's turn with the "
-                         "end-of-turn token, so it cannot write instructions by itself; give "
-                         "--prompts FILE.jsonl")
+        raise ValueError("this chat template does not end a user's turn with an end token, so the "
+                         "model cannot write instructions: give --prompts FILE.jsonl")
     turn = turn[:len(turn) - 1 - turn[::-1].index(tok.eos_id)]    # up to the empty turn's end
     # Left alone it writes mostly "I'm planning..." and "Can you...". First words make it vary.
     openings = [{"task": "open", "opening": ""}]
@@ -393,9 +395,8 @@ def self_instruct(target, tok, count, out, args):
                     progress.update(len(kept) - begun, f"dropped {dict(dropped)}")
             fruitless = fruitless + 1 if len(kept) == before else 0
             if fruitless == 20:
-                raise ValueError(f"20 batches in a row gave no new instruction ({len(kept)} kept, "
-                                 f"dropped {dict(dropped)}): raise --instruction-temperature or "
-                                 f"--max-instruction-tokens, or ask for fewer")
+                raise ValueError(f"20 batches gave no new instruction (dropped {dict(dropped)}): "
+                                 f"raise --instruction-temperature or --max-instruction-tokens")
     print(f"{len(kept)} instructions in {out}; dropped in this run: {dict(dropped)}")
 
 
@@ -447,9 +448,9 @@ def compare(args):
     tok, target, draft = load_pair(args)
     states = TargetStates(target, args.target, torch.float32)
     training, held_out, pretraining = read_training(args, tok)
-    answers = {split: read_answers(target, tok, getattr(args, split), args.out / f"{split}-answers")
-               for split in ("dev", "test")}
-    tune_on = next(iter(answers["dev"].values()))    # the task of the training: others are kept out
+    answers = {path: read_answers(target, tok, path, args.out / f"{path.stem}-answers.jsonl")
+               for path in (args.dev, args.test)}
+    tune_on = next(iter(answers[args.dev].values()))     # the training's task; others are kept out
     prompts = files.read_prompts(args.test)
 
     def trained(name, rate, seed):
@@ -457,16 +458,14 @@ def compare(args):
         options = argparse.Namespace(**{**vars(args), **options_of(name, args), "loss": name,
                                         "learning_rate": rate, "min_learning_rate": rate / 10,
                                         "seed": seed})
-        known = {k: str(v) for k, v in vars(options).items() if k not in (
-            "out", "losses", "learning_rates", "seeds", "dev", "test", "gamma", "prompts")}
-        key = files.fingerprint(known, losses.file_of(name), states.folder.name, args.data)[:8]
+        key = files.fingerprint(deciding(options, draft, states, training + held_out))[:8]
         options.out = args.out / re.sub(r"[^\w+-]", "_", f"{name}-{rate:g}-{seed}-{key}")
         one = model.load(args.draft, target.embed_tokens.weight.device, vocab_size=tok.vocab_size)
         with open(args.out / "output.log", "a") as log, contextlib.redirect_stdout(log):
             align(one, target, states, training, held_out, pretraining, tok, options)
         return one, files.read_jsonl(options.out / "log.jsonl")
 
-    measured = functools.partial(measure, target, tok, states, answers["test"], prompts, args)
+    measured = functools.partial(measure, target, tok, states, answers[args.test], prompts, args)
     runs, curves, best, before = [], {}, {}, measured(draft)
     print("before:  " + "  ".join(f"{k} {v:.3f}" for k, v in before.items()), flush=True)
     for name in args.losses:
@@ -482,9 +481,8 @@ def compare(args):
             curves.setdefault(name, []).append([(row["step"], row["held_out_alpha"]) for row in log
                                                 if "held_out_alpha" in row])
             settings = {k: str(v) for k, v in vars(args).items() if k != "function"}
-            with files.atomic(args.out / "compare.json") as temporary:
-                temporary.write_text(json.dumps({"settings": settings, "before": before,
-                                                 "runs": runs, "curves": curves}, indent=1) + "\n")
+            files.write_json(args.out / "compare.json", {"settings": settings, "before": before,
+                                                         "runs": runs, "curves": curves})
     report.print_comparison(args.losses, runs)
     report.draw_curves(args.out / "compare.png", curves)
     print(f"wrote {args.out / 'compare.json'} and {args.out / 'compare.png'}")
@@ -505,22 +503,16 @@ def measure(target, tok, states, answers, prompts, args, draft):
 
 def options_of(name, args):
     """--samples and --baseline, for the losses that take them."""
-    if not name.endswith("-sampled"):
-        return {"samples": 1, "baseline": None}
-    return {"samples": args.samples, "baseline": args.baseline}
+    chosen = (args.samples, args.baseline) if name.endswith("-sampled") else (1, None)
+    return dict(zip(("samples", "baseline"), chosen))
 
 
-def read_answers(target, tok, prompts, path):
-    """{task: Examples} of the target's answers to a prompts file, written beside `path` once."""
-    out = path.with_suffix(".jsonl")
-    write_records(target, tok, files.read_prompts(prompts), out, 0, max_new_tokens=64)
-    rows, found = sorted(files.read_jsonl(out), key=lambda row: row["id"]), {}
-    for task in dict.fromkeys(row["task"] for row in rows):
-        part = out.with_suffix(".part.jsonl")
-        files.write_jsonl(part, [row for row in rows if row["task"] == task])
-        found[task] = train.read_examples(part, tok, 512)
-        part.unlink()
-    return found
+def read_answers(target, tok, path, out):
+    """{task: Examples} of the target's answers to the prompts in `path`, written to `out` once."""
+    prompts = files.read_prompts(path)
+    write_records(target, tok, prompts, out, 0, max_new_tokens=64)
+    tasks = dict.fromkeys(prompt["task"] for prompt in prompts)
+    return {task: train.read_examples(out, tok, 512, task) for task in tasks}
 
 
 def mean_tau(target, draft, tok, prompts, gamma, temperature):
@@ -537,7 +529,7 @@ def mean_tau(target, draft, tok, prompts, gamma, temperature):
 # ---- Command line ------------------------------------------------------------------------------
 
 def make_parser():
-    parser = files.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = files.Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     sub = commands.add_parser("generate", help="the target answers prompts, or writes them too")
@@ -552,7 +544,7 @@ def make_parser():
     sub.add_argument("--out", type=Path, required=True, help="JSON lines of records, appended to")
     sub.add_argument("--temperatures", type=files.between("[0, inf)"), nargs="+",
                      default=[0, 0.3, 0.7, 1.0], help="dealt in turn (default: the paper's)")
-    files.add_numbers(
+    files.add_flags(
         sub, ("top-p", 0.95, "(0, 1]", "share of the mass that is sampled from"),
         ("max-new-tokens", 256, "[1, inf)", "tokens an answer at most"),
         ("per-prompt", 1, "[1, 1e6]", "answers a prompt"),
@@ -568,15 +560,14 @@ def make_parser():
 
     sub = commands.add_parser("finetune", help="align the drafter with the target")
     sub.set_defaults(function=finetune)
-    for name, text in (("target", "the chat model's folder"),
-                       ("draft", "the drafter to start from, of the same tokenizer"),
-                       ("data", "records of distill.py generate"),
-                       ("out", "folder of the aligned drafter")):
-        sub.add_argument(f"--{name}", type=Path, required=True, help=text)
     sub.add_argument("--loss", default="tvd++", help=f"one of {', '.join(losses.LOSSES)}, or your "
                      f"own: FILE.py:FUNCTION (default tvd++)")
-    files.add_numbers(sub, ("draft-vocabulary", 0, "[0, inf)", "propose only this many tokens: the "
-                            "most frequent; 0: all, or as --draft has it"))
+    files.add_flags(
+        sub, ("target", None, Path, "the chat model's folder"),
+        ("draft", None, Path, "the drafter to start from, of the same tokenizer"),
+        ("data", None, Path, "records of distill.py generate"),
+        ("out", None, Path, "folder of the aligned drafter"),
+        ("draft-vocabulary", 0, "[0, inf)", "propose the most frequent tokens alone; 0: all"))
     distillation_flags(sub, steps=600, batch_size=9, learning_rate=1e-3, eval_every=50)
 
     sub = commands.add_parser("compare", help="train a drafter with several losses: which is best?")
@@ -589,20 +580,18 @@ def compare_flags(sub):
     """The flags of compare; what it trains on and towards is the tiny world's unless said."""
     sub.add_argument("--losses", nargs="+", metavar="LOSS", help="names, or FILE.py:FUNCTION",
                      default=["kld", "tvd", "tvd++", "tvd-sampled", "tvd++-sampled"])
-    for name, default, text in (
-            ("target", "out/tiny/target", "the target"),
-            ("draft", "out/tiny/drafter-base", "where all start"),
-            ("data", "out/tiny/records.jsonl", "records to train on"),
-            ("dev", "out/tiny/dev.jsonl", "prompts for the learning rate"),
-            ("test", "out/tiny/test.jsonl", "prompts for results"),
-            ("out", "out/compare", "folder of all runs, compare.json and compare.png")):
-        sub.add_argument(f"--{name}", type=Path, default=Path(default),
-                         help=f"{text} (default {default})")
     sub.add_argument("--learning-rates", type=files.between("(0, inf)"), nargs="+",
                      default=[3e-3, 1e-2, 3e-2, 1e-1], help="the grid each loss is tuned on")
     sub.add_argument("--gamma", type=files.between("[1, 64]", int), nargs="+", default=[3, 5])
-    files.add_numbers(sub, ("seeds", 3, "[1, inf)", "runs a loss"),
-                      ("prompts", 20, "[1, inf)", "test prompts a task for tau; alpha takes all"))
+    files.add_flags(
+        sub, ("target", Path("out/tiny/target"), Path, "the target"),
+        ("draft", Path("out/tiny/drafter-base"), Path, "where all start"),
+        ("data", Path("out/tiny/records.jsonl"), Path, "records to train on"),
+        ("dev", Path("out/tiny/dev.jsonl"), Path, "prompts for the learning rate"),
+        ("test", Path("out/tiny/test.jsonl"), Path, "prompts for results"),
+        ("out", Path("out/compare"), Path, "folder of all runs, compare.json and compare.png"),
+        ("seeds", 3, "[1, inf)", "runs a loss"),
+        ("prompts", 20, "[1, inf)", "test prompts a task for tau; alpha takes all"))
     distillation_flags(sub, steps=200, batch_size=32, learning_rate=1e-2, eval_every=16)
     sub.set_defaults(pretrain_data=Path("out/tiny/pretrain"), draft_vocabulary=0)
 
@@ -613,7 +602,7 @@ def distillation_flags(parser, **defaults):
                         f"(default: none for tvd-sampled, batch for tvd++-sampled)")
     parser.add_argument("--pretrain-data", type=Path, metavar="D",
                         help="token files of data/pretrain_text.py, mixed in")
-    files.add_numbers(
+    files.add_flags(
         parser, ("samples", 1, "[1, inf)", "sampled losses: tokens drawn a position"),
         ("chunk", 256, "[1, inf)", "positions whose logits live at once"),
         ("pretrain-fraction", 0.1, "[0, 1)", "weight and share of rows of that text"),

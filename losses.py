@@ -52,9 +52,10 @@ def tvd(draft_logits, target_logits):
 
     since grad q = q grad log q. In the draft logit of token y this is q(y) (E_q[r] - r(y)). Both
     sum to 1, so the half sum of |p - q| is the sum of its positive part max(p - q, 0) alone. Ties
-    have r = 0, as in the equation (an automatic derivative of |p - q| would choose for us).
+    have r = 0, as in the equation: relu's derivative at 0 is 0.
     """
-    return kl_and_tvd(draft_logits, target_logits, with_kl=False)[1]
+    q, p = probabilities(draft_logits, target_logits)
+    return (p - q).relu().sum(-1)
 
 
 def tvd_plus_plus(draft_logits, target_logits, mu=None, sigma=None):
@@ -126,7 +127,11 @@ def implied_tau(alpha, gamma):
 
 # ---- Other divergences -------------------------------------------------------------------------
 
-FLOOR = -100.0        # of the logarithm of a probability: a token with q = 0 makes KL large
+def logarithms(draft_logits, target_logits):
+    """(log q, log p), (N, V) each, in fp32, floored at -100: a token with q = 0 makes KL large, not
+    infinite. The target is detached."""
+    return (torch.log_softmax(draft_logits.float(), -1).clamp(min=-100.0),
+            torch.log_softmax(target_logits.detach().float(), -1).clamp(min=-100.0))
 
 
 def kld(draft_logits, target_logits):
@@ -136,7 +141,8 @@ def kld(draft_logits, target_logits):
     q(y) - p(y). Where q is 0 and p is not it would be infinite; log q is floored, which leaves
     those tokens out of the gradient.
     """
-    return kl_and_tvd(draft_logits, target_logits)[0]
+    log_q, log_p = logarithms(draft_logits, target_logits)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def rkld(draft_logits, target_logits):
@@ -145,9 +151,8 @@ def rkld(draft_logits, target_logits):
     sum_x q grad log q = 0, so in the draft logit of y its gradient is q(y) (f(y) - E_q[f]) with
     f = log q - log p. log p is floored: what the target rules out costs much, not infinitely much.
     """
-    log_q = torch.log_softmax(draft_logits.float(), -1)
-    log_p = torch.log_softmax(target_logits.detach().float(), -1).clamp(min=FLOOR)
-    return (log_q.exp() * (log_q.clamp(min=FLOOR) - log_p)).sum(-1)
+    log_q, log_p = logarithms(draft_logits, target_logits)
+    return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
 def jsd(draft_logits, target_logits):
@@ -158,8 +163,8 @@ def jsd(draft_logits, target_logits):
     """
     q, p = probabilities(draft_logits, target_logits)
     log_m = ((p + q) / 2).clamp(min=1e-38).log()
-    log_q = torch.log_softmax(draft_logits.float(), -1).clamp(min=FLOOR)
-    return (torch.xlogy(p, p) - p * log_m + q * (log_q - log_m)).sum(-1) / 2
+    log_q, log_p = logarithms(draft_logits, target_logits)
+    return (p * (log_p - log_m) + q * (log_q - log_m)).sum(-1) / 2
 
 
 def nla(draft_logits, target_logits):
@@ -174,55 +179,9 @@ def lk(draft_logits, target_logits):
     that position (Samarin et al., 2026): KL while the drafter is bad, where TVD has little
     gradient, then TVD. lambda is detached, so the gradient is the same mixture of both gradients.
     Some implementations average alpha over the batch; here each position has its own."""
-    kl, distance = kl_and_tvd(draft_logits, target_logits)
+    distance = tvd(draft_logits, target_logits)
     weight = torch.exp(-3 * (1 - distance.detach()))
-    return weight * kl + (1 - weight) * distance
-
-
-class KLAndTVD(torch.autograd.Function):
-    """KL(p || q) and TVD(p, q) at each position, (N,) each, with their gradients written out.
-
-    In the draft logit of token y: q(y) - p(y), and q(y) (E_q[r] - r(y)). Automatic differentiation
-    finds the same and takes exponentials again for it: lk takes 1.8 times as long, kld 1.4.
-    """
-
-    @staticmethod
-    def forward(ctx, draft_logits, target_logits, with_kl):
-        q, p = torch.softmax(draft_logits, -1), torch.softmax(target_logits, -1)         # (N, V)
-        kl, p_of_kl = None, p
-        if with_kl:
-            log_q, log_p = logarithm(draft_logits, q), logarithm(target_logits, p)
-            if log_q.amin() <= FLOOR:            # seldom: these tokens have no part in the gradient
-                p_of_kl = p * (log_q > FLOOR)
-            kl = torch.linalg.vecdot(p, log_p.sub_(log_q))
-        ctx.save_for_backward(q, p, p_of_kl)
-        ctx.set_materialize_grads(False)         # the gradient of what nobody used is None, not 0
-        return kl, torch.sub(p, q).relu_().sum(-1)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, kl_gradient, tvd_gradient):
-        q, p, p_of_kl = ctx.saved_tensors
-        gradient = torch.zeros_like(q)
-        if kl_gradient is not None:
-            g = kl_gradient[:, None]
-            gradient.addcmul_(q, g * p_of_kl.sum(-1, keepdim=True)).addcmul_(p_of_kl, -g)
-        if tvd_gradient is not None:
-            g, rq = tvd_gradient[:, None], torch.sub(p, q).relu_().sign_().mul_(q)      # r(x) q(x)
-            gradient.addcmul_(q, g * rq.sum(-1, keepdim=True)).addcmul_(rq, -g)
-        return gradient, None, None
-
-
-def logarithm(logits, s):
-    """log softmax(logits), floored, where s = softmax(logits) is there already: logits -
-    logsumexp(logits), and the largest logit with its s tells the logsumexp."""
-    logsumexp = logits.amax(-1, keepdim=True) - s.amax(-1, keepdim=True).log()
-    return (logits - logsumexp).clamp_(min=FLOOR)
-
-
-def kl_and_tvd(draft_logits, target_logits, with_kl=True):
-    """KL(p || q) (None without with_kl) and TVD(p, q), (N,) each, in fp32; the target detached."""
-    return KLAndTVD.apply(draft_logits.float(), target_logits.detach().float(), with_kl)
+    return weight * kld(draft_logits, target_logits) + (1 - weight) * distance
 
 
 # ---- The sampled form: REINFORCE, and what a baseline does for it ------------------------------
@@ -266,8 +225,7 @@ def leave_one_out(rewards, p, q, mu):
     Unbiased: it never sees its own sample, and positions need not be similar. K >= 2."""
     K = rewards.shape[-1]
     if K < 2:
-        raise ValueError("baseline leave-one-out needs at least 2 samples a position; give "
-                         "--samples 2 or more")
+        raise ValueError("baseline leave-one-out needs at least 2 samples a position")
     return (rewards.sum(-1, keepdim=True) - rewards) / (K - 1)
 
 
@@ -306,8 +264,8 @@ BASELINES = {"none": no_baseline, "batch": batch_mean, "expected": expected_at_p
 
 def toss(positions, samples, generator=None):
     """Coins (positions, samples), uniform in [0, 1), from the generator (None is the global)."""
-    device = generator.device if generator else None
-    return torch.rand(positions, samples, dtype=torch.float64, generator=generator, device=device)
+    return torch.rand(positions, samples, dtype=torch.float64, generator=generator,
+                      device=generator.device if generator else None)
 
 
 def draw(q, coins):
@@ -350,13 +308,9 @@ def tvd_sampled(draft_logits, target_logits, samples=1, baseline="none", whiten=
     return value + surrogate - surrogate.detach()                     # this value, that gradient
 
 
-def tvd_plus_plus_sampled(draft_logits, target_logits, samples=1, baseline="batch", whiten=True,
-                          generator=None, coins=None, mu=None, sigma=None):
-    """TVD++ as published: advantages (r - mu) / sigma with the batch's own mean and deviation of
-    the sampled rewards."""
-    return tvd_sampled(draft_logits, target_logits, samples, baseline, whiten, generator, coins, mu,
-                       sigma)
-
+# TVD++ as published: advantages (r - mu) / sigma with the batch's own mean and deviation of the
+# sampled rewards.
+tvd_plus_plus_sampled = functools.partial(tvd_sampled, baseline="batch", whiten=True)
 
 LOSSES = {"kld": kld, "rkld": rkld, "jsd": jsd, "tvd": tvd, "tvd++": tvd_plus_plus,
           "tvd++-position": tvd_plus_plus_position, "nla": nla, "lk": lk,
@@ -421,8 +375,8 @@ def choose(name, samples=1, baseline=None, generator=None):
         return LOSSES[name]
     if baseline and baseline not in BASELINES:
         raise ValueError(f"--baseline {baseline} is none of {', '.join(BASELINES)}")
-    if baseline == "leave-one-out" and samples < 2:
-        raise ValueError("--baseline leave-one-out needs --samples 2 or more")
+    if baseline == "leave-one-out":
+        leave_one_out(torch.zeros(1, samples), None, None, None)          # refuses a single sample
     options = {"baseline": RunningMean() if baseline == "running" else baseline} if baseline else {}
     return functools.partial(LOSSES[name], samples=samples, generator=generator, **options)
 
@@ -444,8 +398,7 @@ def load_function(path, name):
     except Exception as error:
         raise ValueError(f"{path}: fails when read ({type(error).__name__}: {error})") from None
     if not callable(found.get(name)):
-        others = ", ".join(n for n in found if not n.startswith("_")) or "none"
-        raise ValueError(f"{path}: defines no function {name}; it has {others}")
+        raise ValueError(f"{path}: defines no function {name}")
     return found[name]
 
 
@@ -465,18 +418,14 @@ def check(function, name):
         raise ValueError(f"{name}: fails on draft and target logits (64, 7): "
                          f"{type(error).__name__}: {error}") from None
     shape = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
-    require(shape == (64,), f"returned {shape} for logits (64, 7); expected one loss a position, "
-            f"shape (64,): sum over the last dimension only")
-    require(loss.isfinite().all(), f"the loss is not finite on ordinary logits (first "
-            f"{loss[:3].tolist()}): look for a log or a division by 0")
-    require(loss.requires_grad, "the loss has no gradient: it must depend on draft_logits by "
-            "operations of torch, outside no_grad")
+    require(shape == (64,), f"returned {shape} for logits (64, 7), not one loss a position, (64,)")
+    require(loss.isfinite().all(), "the loss is not finite: look for a log or a division by 0")
+    require(loss.requires_grad, "the loss has no gradient: detach() or no_grad cut it off")
     loss.sum().backward()
     require(draft.grad is not None and draft.grad.isfinite().all() and draft.grad.any(),
-            "the gradient in draft_logits is missing, zero or not finite: check detach() and "
-            "square roots at 0")
-    require(target.grad is None or not target.grad.any(), "a gradient reaches target_logits: the "
-            "target is not trained, use target_logits.detach()")
+            "no finite gradient in draft_logits: check detach() and square roots at 0")
+    require(target.grad is None or not target.grad.any(),
+            "a gradient reaches target_logits: use target_logits.detach()")
     return function
 
 
@@ -566,12 +515,11 @@ def main():
 
 def draw_table(path, table, levels):
     """Bars of the noise with four samples, one group a level."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     labels = list(dict.fromkeys(label for label, _ in table))
-    figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
     for k, label in enumerate(labels):
         places = [i + (k - (len(labels) - 1) / 2) * 0.12 for i in range(len(levels))]
         axes.bar(places, [table[label, level][1] for level in levels], 0.11, label=label)

@@ -18,7 +18,6 @@ Source of the architecture: Llama 2 (Touvron et al., 2023, arXiv 2307.09288), se
 """
 
 import json
-import os
 import platform
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -28,6 +27,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+from data import files
 
 # ---- The decoder -------------------------------------------------------------------------------
 
@@ -152,11 +153,10 @@ class Config:
         self.num_key_value_heads = self.num_key_value_heads or heads
         self.head_dim = self.head_dim or self.hidden_size // heads
         if heads % self.num_key_value_heads:
-            raise ValueError(f"{heads} attention heads cannot share {self.num_key_value_heads} "
-                             f"key-value heads evenly; choose a divisor")
+            raise ValueError(f"num_attention_heads {heads} is no multiple of num_key_value_heads "
+                             f"{self.num_key_value_heads}")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim is {self.head_dim}; rotary positions turn pairs, so it "
-                             f"must be even")
+            raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs")
 
 
 class Llama(nn.Module):
@@ -313,15 +313,13 @@ def probabilities(logits, temperature=1.0, top_p=1.0):
 
 def tempered(logits, temperature):
     """softmax(logits / temperature), (N, V); one-hot where the temperature is 0."""
-    if isinstance(temperature, (int, float)) and temperature > 0:
-        return torch.softmax(logits.float() / temperature, -1)
     best = logits.argmax(-1, keepdim=True)
     one_hot = torch.zeros(logits.shape, device=logits.device).scatter_(-1, best, 1.0)
     if isinstance(temperature, (int, float)):
-        return one_hot
-    temperature = torch.as_tensor(temperature, device=logits.device).view(-1, 1)      # one a row
-    warm = torch.softmax(logits.float() / torch.where(temperature > 0, temperature, 1.0), -1)
-    return torch.where(temperature > 0, warm, one_hot)
+        return torch.softmax(logits.float() / temperature, -1) if temperature > 0 else one_hot
+    t = torch.as_tensor(temperature, device=logits.device).view(-1, 1)                # one a row
+    warm = torch.softmax(logits.float() / torch.where(t > 0, t, 1.0), -1)
+    return torch.where(t > 0, warm, one_hot)
 
 
 def nucleus(p, top_p):
@@ -387,12 +385,8 @@ class PackedLinear(nn.Module):
 
 def fbgemm_works():
     """Whether this processor can: x86 with AVX2. (Builds for ARM list the operators and crash.)"""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return False
-    try:
-        return PackedLinear(torch.ones(1, 1), "")(torch.ones(1, 1)).item() == 1
-    except (RuntimeError, AttributeError):
-        return False
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    return x86 and "fbgemm" in torch.backends.quantized.supported_engines
 
 
 def decoding_copy(llama):
@@ -461,17 +455,15 @@ def load(folder, device="cpu", dtype=torch.float32, vocab_size=None):
     config = read_config(folder)
     index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(files.read_json(index)["weight_map"].values()))
     weights = {}
     for name in names:
         if not (folder / name).is_file():
-            raise ValueError(f"{folder / name}: no such file; the model folder is incomplete, copy "
-                             f"or make it again")
+            raise ValueError(f"{folder / name}: no such file: the model is incomplete")
         try:
             weights.update(load_file(folder / name))
         except SafetensorError as error:
-            raise ValueError(f"{folder / name}: damaged or cut short ({error}); copy or make it "
-                             f"again") from None
+            raise ValueError(f"{folder / name}: damaged or cut short ({error})") from None
     # Very old files also hold tables that are computed here; a tied head is the embedding.
     unused = ("rotary_emb.inv_freq", "lm_head.weight" if config.tie_word_embeddings else "-")
     weights = {name: weight.to(device=device, dtype=dtype) for name, weight in weights.items()
@@ -500,16 +492,16 @@ def load(folder, device="cpu", dtype=torch.float32, vocab_size=None):
 
 def read_draft_vocabulary(folder, vocab_size, device):
     """The ids (K,) of folder's draft_vocabulary.json; None where there is no such file."""
-    path, ids = folder / "draft_vocabulary.json", None
+    path = folder / "draft_vocabulary.json"
     if not path.is_file():
         return None
     try:
         ids = torch.tensor(json.loads(path.read_text()), dtype=torch.int64, device=device)
-    except (ValueError, TypeError):
-        pass
-    if ids is None or ids.dim() != 1 or not len(ids) or ids.min() < 0 or ids.max() >= vocab_size:
-        raise ValueError(f"{path}: expected a list of token ids below {vocab_size}; copy it again, "
-                         f"or delete it to draft with all tokens")
+        sound = ids.dim() == 1 and len(ids) and ids.min() >= 0 and ids.max() < vocab_size
+    except (ValueError, TypeError, OverflowError):
+        sound = False
+    if not sound:
+        raise ValueError(f"{path}: expected a list of token ids below {vocab_size}; copy it again")
     return ids
 
 
@@ -517,13 +509,7 @@ def read_config(folder):
     """The Config of a model folder. ValueError if it is missing, damaged, or describes what this
     decoder cannot do."""
     path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected a model folder (python data/smollm2.py "
-                         f"makes the chat model's, python train.py a drafter's)")
-    try:
-        keys = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error.msg}); copy the file again") from None
+    keys = files.read_json(path)
     only = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
     for key, value in only.items():
         if keys.get(key, value) != value:
@@ -549,11 +535,8 @@ def save(llama, folder, dtype=None):
     Each file is written under another name and renamed: a kill leaves the last good one.
     """
     if llama.decoding_head is not None:
-        raise ValueError(f"{folder}: a model made by for_decoding cannot be saved; save the one it "
-                         f"was made from")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    dtype = dtype or llama.norm.weight.dtype
+        raise ValueError("a model made by for_decoding cannot be saved; save the original")
+    folder, dtype = Path(folder), dtype or llama.norm.weight.dtype
     name = str(dtype).removeprefix("torch.")
     keys = asdict(llama.config)
     keys |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
@@ -562,11 +545,8 @@ def save(llama, folder, dtype=None):
              "rope_parameters": {"rope_type": "default", "rope_theta": llama.config.rope_theta}}
     weights = {name: weight.detach().to("cpu", dtype).contiguous()
                for name, weight in split_weights(llama).items()}
-    save_file(weights, folder / "model.safetensors.tmp", metadata={"format": "pt"})
-    texts = {"config.json": json.dumps(keys, indent=2)}
+    with files.atomic(folder / "model.safetensors") as temporary:
+        save_file(weights, temporary, metadata={"format": "pt"})
+    files.write_json(folder / "config.json", keys)
     if llama.draft_vocabulary is not None:            # other programs use the whole head
-        texts["draft_vocabulary.json"] = json.dumps(llama.draft_vocabulary.tolist())
-    for name, text in texts.items():
-        (folder / f"{name}.tmp").write_text(text + "\n")
-    for name in ("model.safetensors", *texts):
-        os.replace(folder / f"{name}.tmp", folder / name)
+        files.write_json(folder / "draft_vocabulary.json", llama.draft_vocabulary.tolist(), None)

@@ -17,10 +17,9 @@ is the share of examined guesses that were kept, tau (block efficiency) the toke
 the target gave.
 """
 
-import argparse
 import contextlib
 import itertools
-import json
+import math
 import os
 import sys
 import time
@@ -178,7 +177,7 @@ class Generation:
     @property
     def tau(self):
         """Block efficiency; the prompt's pass gave the first token, so that one is out."""
-        return (len(self.tokens) - 1) / self.target_calls if self.target_calls else float("nan")
+        return (len(self.tokens) - 1) / self.target_calls if self.target_calls else math.nan
 
 
 @torch.inference_mode()
@@ -236,13 +235,12 @@ def check_inputs(target, draft, tokens, max_new_tokens, gamma, temperature, top_
     if sizes[1] + max_new_tokens > context:
         raise ValueError(f"a prompt of {sizes[1]} tokens and {max_new_tokens} new ones exceed the "
                          f"target's context of {context}: shorten it or lower --max-new-tokens")
-    if max_new_tokens < 1 or gamma < 0 or temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"max_new_tokens {max_new_tokens} must be at least 1, gamma {gamma} and "
-                         f"temperature {temperature} at least 0, top_p {top_p} above 0, at most 1")
+    if max_new_tokens < 1 or gamma < 0 or not (temperature >= 0 and 0 < top_p <= 1):
+        raise ValueError(f"max_new_tokens {max_new_tokens}, gamma {gamma}, temperature "
+                         f"{temperature} or top_p {top_p} is out of bounds")
     if draft is not None and draft.config.vocab_size != target.config.vocab_size:
-        raise ValueError(f"draft vocabulary {draft.config.vocab_size} does not match target "
-                         f"vocabulary {target.config.vocab_size}: a drafter must share its "
-                         f"target's tokenizer")
+        raise ValueError(f"the drafter knows {draft.config.vocab_size} tokens, the target "
+                         f"{target.config.vocab_size}: they must share a tokenizer")
 
 
 # ---- gamma chosen block by block ---------------------------------------------------------------
@@ -328,27 +326,22 @@ def answer(pair, messages, args, style):
     print(rest := decoder.flush())
     seconds = time.perf_counter() - begin
     legend = "".join(f"{before}{kind}{after} " for kind, (before, after) in MARKS[style].items())
-    alpha = f"{made.accepted / made.drafted:.2f}" if made.drafted else "none drafted"
-    tau = f"{made.tau:.2f}" if made.target_calls else "no block"
+    alpha = f"{made.accepted / made.drafted:.2f}" if made.drafted else "-"
     print(f"--- {legend}{shown} tokens in {seconds:.1f} s ({shown / seconds:.1f}/s)  "
-          f"gamma {'auto' if choose else args.gamma[0]}  tau {tau}  alpha {alpha}",
+          f"gamma {'auto' if choose else args.gamma[0]}  tau {made.tau:.2f}  alpha {alpha}",
           file=sys.stderr if style == "plain" else sys.stdout)
     return text + rest
 
 
 def first_minute(pair, args, style):
     """One question to the pair, traced; the same text by plain decoding; what to try next."""
-    target, draft, tok, device, _ = pair
+    tok = pair[2]
     question = "What does a rabbit look like?"
-    for llama in (target, draft):                 # warms up
-        pass_seconds(llama, 2)
-    print(f"\n{question}")
     messages = [{"role": "user", "content": question}]
+    timed(pair, args, tok.chat_prompt(messages), args.gamma[0], 0)                   # warms up
+    print(f"\n{question}")
     text = answer(pair, messages, args, style)
-    tokens, begin = torch.tensor([tok.chat_prompt(messages)], device=device), time.perf_counter()
-    made = autoregressive_generate(target, tokens, args.max_new_tokens, args.temperature,
-                                   args.top_p, tok.eos_ids)
-    seconds = time.perf_counter() - begin
+    made, seconds, _ = timed(pair, args, tok.chat_prompt(messages), None, 0)
     same = tok.decode([token for token in made.tokens if token not in tok.eos_ids]) == text
     print(f"    plain decoding: {len(made.tokens)} tokens in {seconds:.1f} s "
           f"({len(made.tokens) / seconds:.1f}/s), {'the same text' if same else 'another text'}\n"
@@ -389,12 +382,8 @@ def bench(pair, args):
         prompts = [prompt for i, prompt in enumerate(prompts)
                    if tasks[:i].count(prompt["task"]) < args.limit]
     prompt_ids = [tok.chat_prompt(prompt["messages"]) for prompt in prompts]
-    for number, ids in enumerate(prompt_ids, 1):
-        try:
-            check_inputs(target, draft, torch.zeros(1, len(ids)), args.max_new_tokens, 1,
-                         args.temperature, args.top_p)
-        except ValueError as error:
-            raise ValueError(f"{args.bench}, prompt {number}: {error}") from None
+    longest = torch.zeros(1, max(map(len, prompt_ids)))
+    check_inputs(target, draft, longest, args.max_new_tokens, 1, args.temperature, args.top_p)
     step, size = pass_seconds(target, 1), draft.parameter_count() / target.parameter_count()
     draft_cost = pass_seconds(draft, 1) / step
     verify_costs = {gamma: pass_seconds(target, gamma + 1) / step for gamma in args.gamma}
@@ -421,11 +410,9 @@ def bench(pair, args):
             rows.append(report.bench_row(task, gamma, chosen, args, verify_costs[gamma], draft_cost,
                                          size))
         result = {"target": str(args.target), "draft": str(args.draft), "machine": report.machine(),
-                  "size_ratio": size, "verify": args.verify, "rows": rows,
-                  "mismatches": mismatches}
+                  "size_ratio": size, "verify": args.verify, "rows": rows, "mismatches": mismatches}
         if args.json:                             # after every prompt: a kill leaves what there is
-            with files.atomic(args.json) as temporary:
-                temporary.write_text(json.dumps(result, indent=1) + "\n")
+            files.write_json(args.json, result)
     report.print_bench(result, args)
 
 
@@ -452,8 +439,7 @@ def report_mismatch(target, prompt, plain, spec, number, gamma):
     only good reason."""
     same = len(os.path.commonprefix([plain, spec]))
     if same == min(len(plain), len(spec)):
-        raise RuntimeError(f"prompt {number}, gamma {gamma}: one greedy text is a prefix of the "
-                           f"other: a bug in the loop")
+        raise RuntimeError(f"prompt {number}, gamma {gamma}: one text is the other's beginning")
     with torch.inference_mode():
         text = torch.tensor([prompt + plain[:same]], device=target.norm.weight.device)
         logits = target.head(target.hidden(text)[0, -1]).float()
@@ -474,7 +460,7 @@ def gamma_flag(text):
 
 
 def parse():
-    parser = files.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = files.Parser(description=__doc__)
     add, number = parser.add_argument, files.between
     add("--target", type=Path, help="the chat model's folder (default: the tiny trained pair's)")
     add("--draft", type=Path, help="the drafter's folder, of the same tokenizer")
@@ -484,8 +470,7 @@ def parse():
     what.add_argument("--bench", type=Path, metavar="FILE",
                       help="time all prompts of a JSON lines file against plain decoding")
     add("--gamma", type=gamma_flag, nargs="+", help="guesses a block (default 3, --chat auto); "
-        "several for --bench. auto measures passes, so above temperature 0 a seed fixes the text's "
-        "distribution, not the text")
+        "several for --bench. auto asks the clock: a seed then fixes no sampled text")
     add("--verify", default="token", choices=VERIFY, help="the rule (default token)")
     add("--temperature", type=number("[0, inf)"), help="0 is greedy (default 0.6; --bench 0)")
     add("--top-p", type=number("(0, 1]"), help="1 cuts nothing (default 0.9; --bench 1)")
@@ -498,8 +483,7 @@ def parse():
     files.machine_flags(parser)
     args = parser.parse_args()
     if (args.target is None) != (args.draft is None):
-        raise ValueError("--target and --draft belong together: give both, or neither for the tiny "
-                         "trained pair")
+        raise ValueError("--target and --draft: give both, or neither for the tiny trained pair")
     args.first = args.prompt is None and not args.chat and not args.bench
     if args.prompt is not None and not args.prompt.strip():
         raise ValueError("--prompt is empty: give the text to answer")
@@ -507,9 +491,9 @@ def parse():
         args.target, args.draft = TINY / "target", TINY / "drafter-aligned"
         args.threads = args.threads or 1         # so small a model spends a second one on waiting
     greedy = args.bench or args.first
-    defaults = {"temperature": 0.0 if greedy else 0.6, "top_p": 1.0 if greedy else 0.9,
-                "max_new_tokens": 128 if args.bench else 256}
-    for name, default in defaults.items():
+    for name, default in (("temperature", 0.0 if greedy else 0.6),
+                          ("top_p", 1.0 if greedy else 0.9),
+                          ("max_new_tokens", 128 if args.bench else 256)):
         if getattr(args, name) is None:
             setattr(args, name, default)
     args.gamma = list(dict.fromkeys(args.gamma or ["auto" if args.chat else 3]))

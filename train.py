@@ -121,8 +121,9 @@ class Example:
         return len(self.tokens) - self.first
 
 
-def read_examples(path, tok, context):
-    """Records of `distill.py generate` -> Examples of at most `context` tokens.
+def read_examples(path, tok, context, task=None):
+    """Records of `distill.py generate`, of one task or of all -> Examples of at most `context`
+    tokens.
 
     The target's answers are used as they were sampled (response_ids: their text encoded again may
     differ). The end-of-turn token follows only where the answer ended by itself: after an answer
@@ -131,6 +132,8 @@ def read_examples(path, tok, context):
     """
     examples, cut = [], 0
     for number, record in enumerate(files.read_jsonl(path), 1):
+        if task is not None and record.get("task") != task:
+            continue
         ids, ended = record.get("response_ids"), record.get("ended", True)
         messages = record.get("messages")
         if ids is None and isinstance(record.get("response"), str):
@@ -140,7 +143,7 @@ def read_examples(path, tok, context):
                              f"ended) or response, as distill.py generate writes them")
         if any(not isinstance(i, int) or not 0 <= i < tok.vocab_size for i in ids):
             raise ValueError(f"{path}, record {number}: response_ids hold what is no token of "
-                             f"{tok.folder}: another tokenizer's records?")
+                             f"{tok.folder}")
         prompt = tok.chat_prompt(messages) if messages else [tok.document_id]
         tokens = prompt + ids + ([tok.eos_id] if ended else [])
         cut += len(tokens) > context
@@ -191,8 +194,8 @@ def hold_out(examples, count):
         key = tuple(e.tokens[:e.first] if e.first > 1 else e.tokens)
         prompts.setdefault(key, []).append(e)
     if len(prompts) <= count:
-        raise ValueError(f"{len(prompts)} prompts with usable records; more than the {count} held "
-                         f"out for evaluation are needed")
+        raise ValueError(f"{len(prompts)} prompts with usable records, of which {count} would be "
+                         f"held out: give more")
     held_out = list(prompts.values())[::math.ceil(len(prompts) / count)]
     held = {id(e) for group in held_out for e in group}
     return [e for e in examples if id(e) not in held], [e for e in examples if id(e) in held]
@@ -208,9 +211,10 @@ def make_optimiser(llama, learning_rate, weight_decay=0.1, beta2=0.95):
     beta2 0.95 rather than 0.999: the second moment then forgets in 20 steps, which a short run
     needs.
     """
-    trained = [p for p in llama.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
-              {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
+    matrices, vectors = ([p for p in llama.parameters() if (p.dim() < 2) is vector]
+                         for vector in (False, True))
+    groups = [{"params": matrices, "weight_decay": weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, beta2), fused=True)
 
 
@@ -260,8 +264,9 @@ class Run:
 
     def steps(self):
         """Yield the number of each step that is to be done. `step` updates are done by then."""
-        args, began, printed = self.args, time.monotonic() - self.seconds, 0.0
-        begin_step, begin_seen, begin_seconds = self.step, self.seen, self.seconds
+        args, began = self.args, time.monotonic() - self.seconds
+        begin, seen = self.step, self.seen
+        progress = files.Progress(args.steps - begin, "steps")
         with open(self.out / "log.jsonl", "a", encoding="utf-8") as log:
             while True:
                 rate = learning_rate_at(self.step, args.steps, args.learning_rate,
@@ -281,16 +286,11 @@ class Run:
                 self.row["seconds"] = round(time.monotonic() - began, 3)
                 log.write(json.dumps(self.row) + "\n")
                 log.flush()
-                if self.metric in self.row or time.monotonic() - printed > 10:
-                    printed, done = time.monotonic(), max(1, self.step - begin_step)
-                    took = self.row["seconds"] - begin_seconds
-                    left = files.duration((args.steps - self.step) * took / done)
-                    shown = {"loss": math.nan, **self.row, self.metric: self.value}
-                    print(f"step {self.step}/{args.steps}  " + "  ".join(
-                        f"{name} {shown[name]:.4f}" for name in ("loss", "alpha", self.metric)
-                        if shown.get(name) is not None) + f"  lr {rate:.2e}  "
-                        f"{(self.seen - begin_seen) / took:,.0f} {self.unit}/s  {left} left",
-                        flush=True)
+                speed = (self.seen - seen) / (time.monotonic() - progress.begin)
+                shown = {**self.row, self.metric: self.value}
+                progress.update(self.step - begin, f"{speed:,.0f} {self.unit}/s  " + "  ".join(
+                    f"{name} {shown[name]:.4g}" for name in ("loss", "alpha", self.metric, "lr")
+                    if shown.get(name) is not None))
                 if last:
                     return
                 self.step += 1
@@ -330,9 +330,9 @@ def read_checkpoint(folder, settings):
     except Exception as error:  # torch raises any of five kinds for a damaged file
         raise ValueError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]}); "
                          f"move {folder} away and start again") from None
-    differing = [f"{name} was {made_with.get(name)}, now {settings.get(name)}"
-                 for name in sorted({*made_with, *settings})
-                 if made_with.get(name) != settings.get(name)]
+    old, new = made_with.get, settings.get
+    differing = [f"{name} was {old(name)}, now {new(name)}"
+                 for name in sorted({*made_with, *settings}) if old(name) != new(name)]
     if differing:
         raise ValueError(f"{path} was made with other settings ({'; '.join(differing)}): --resume "
                          f"needs the same ones; or give another --out to start a new run")
@@ -352,9 +352,8 @@ def require_finite(loss, step, out):
     is saved is sound."""
     if not math.isfinite(loss):
         kept = "keeps the last good checkpoint" if (out / "training.pt").is_file() else "is empty"
-        raise ValueError(f"the loss is {loss} at step {step}: training went out of bounds; {out} "
-                         f"{kept}; start again in another --out with a lower --learning-rate, a "
-                         f"longer --warm-up or --clip 1")
+        raise ValueError(f"the loss is {loss} at step {step}; {out} {kept}; start again in another "
+                         f"--out with a lower --learning-rate, a longer --warm-up or --clip 1")
 
 
 def copy_tokenizer(source, folder):
@@ -371,7 +370,7 @@ def copy_tokenizer(source, folder):
 
 def training_flags(parser, steps, batch_size, context, learning_rate, eval_every):
     """Add the flags that both trainings have, with these defaults."""
-    files.add_numbers(
+    files.add_flags(
         parser, ("steps", steps, "[1, inf)", "optimiser steps"),
         ("batch-size", batch_size, "[1, inf)", "rows in one pass"),
         ("context", context, "[2, inf)", "tokens in one row at most"),
@@ -395,8 +394,7 @@ def fill_in(args):
     """Set the flags whose default follows from others. ValueError if --out holds a model."""
     names = ("training.pt", "model.safetensors", "config.json")
     if not args.resume and any((Path(args.out) / name).is_file() for name in names):
-        raise ValueError(f"--out {args.out} already holds a model: add --resume to go on with it, "
-                         f"or give another folder")
+        raise ValueError(f"--out {args.out} already holds a model: add --resume to go on")
     args.warm_up = args.steps // 20 if args.warm_up is None else args.warm_up
     if args.min_learning_rate is None:
         args.min_learning_rate = args.learning_rate / 10
@@ -419,9 +417,8 @@ def leading_directions(embedding, width):
     eigenvectors of E^T E (D, D): E itself stays whole.
     """
     if width > embedding.shape[1]:
-        raise ValueError(f"--embed-from has an embedding of width {embedding.shape[1]}, this model "
-                         f"one of {width}: a wider model cannot start from it, leave --embed-from "
-                         f"out")
+        raise ValueError(f"--embed-from has an embedding of width {embedding.shape[1]}: a model of "
+                         f"width {width} cannot start from it, leave it out")
     E = embedding.double()
     energy, directions = torch.linalg.eigh(E.T @ E)                               # ascending
     return (E @ directions[:, -width:]).float(), (energy[-width:].sum() / energy.sum()).item()
@@ -430,8 +427,7 @@ def leading_directions(embedding, width):
 def stated_context(folder):
     """The context in tokens that the tokenizer's folder states; 2048 where it states none."""
     path = Path(folder) / "tokenizer_config.json"
-    keys = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    stated = keys.get("model_max_length")
+    stated = path.is_file() and files.read_json(path).get("model_max_length")
     return int(stated) if stated and stated < 10 ** 6 else 2048   # 10^30 stands for "unknown"
 
 
@@ -440,9 +436,8 @@ def build(args, tok):
     if given := args.init or args.embed_from:
         source = model.load(given)
         if source.config.vocab_size != tok.vocab_size:
-            raise ValueError(f"{given} has a vocabulary of {source.config.vocab_size}, --tokenizer "
-                             f"{args.tokenizer} one of {tok.vocab_size}: a model can only start "
-                             f"from one of the same tokenizer")
+            raise ValueError(f"{given} has {source.config.vocab_size} tokens, {args.tokenizer} "
+                             f"{tok.vocab_size}: give a model of the same tokenizer")
         if args.init:
             return source
     eos = list(tok.eos_ids)
@@ -466,10 +461,8 @@ def build(args, tok):
 # ---- Command line ------------------------------------------------------------------------------
 
 def parse(argv):
-    parser = files.Parser(
-        description="Pretrain a model by next-token prediction on token files, or tune it on "
-                    "conversations.",
-        epilog="The defaults see 2 M tokens: about 35 minutes on two free cores, 1 GB of memory.")
+    parser = files.Parser(description=__doc__, epilog="The defaults see 2 M tokens: about 35 "
+                          "minutes on two free cores, 1 GB of memory.")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--model", choices=PRESETS, default="small-drafter",
                        help="shape (default small-drafter)")
@@ -479,12 +472,11 @@ def parse(argv):
                         "model (the target), reduced to this width by SVD")
     parser.add_argument("--chat", metavar="FILE", help="tune on the answers of these conversations "
                         "(JSON lines of messages and response) instead of on --data")
-    for name, default, text in (
-            ("--data", "out/pretrain", "folder with train.bin, eval.bin and meta.json"),
-            ("--tokenizer", "models/smollm2-135m-instruct", "folder with the tokenizer"),
-            ("--out", "out/drafter-base", "model folder to write")):
-        parser.add_argument(name, default=default, help=f"{text} (default {default})")
-    files.add_numbers(parser, ("accumulate", 1, "[1, inf)", "passes that make one step"))
+    files.add_flags(
+        parser, ("data", "out/pretrain", Path, "folder with train.bin, eval.bin and meta.json"),
+        ("tokenizer", "models/smollm2-135m-instruct", Path, "folder with the tokenizer"),
+        ("out", "out/drafter-base", Path, "model folder to write"),
+        ("accumulate", 1, "[1, inf)", "passes that make one step"))
     training_flags(parser, steps=1000, batch_size=8, context=256, learning_rate=1e-3,
                    eval_every=100)
     args = parser.parse_args(argv)
@@ -523,9 +515,8 @@ def main(argv=None):
     copy_tokenizer(args.tokenizer, args.out)
     passes = args.batch_size * args.accumulate
     each = passes * (size / len(training) if args.chat else args.context)
-    print(f"{args.init or args.model}: {llama.parameter_count() / 1e6:.2f} M parameters; {size:,} "
-          f"training tokens, {args.steps} steps of {each:,.0f}: {args.steps * each / size:.2f} "
-          f"times over them")
+    print(f"{llama.parameter_count() / 1e6:.2f} M parameters; {args.steps} steps of {each:,.0f} "
+          f"tokens: {args.steps * each / size:.2f} times over all {size:,}")
 
     for step in run.steps():
         batches, loss = [], 0.0

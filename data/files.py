@@ -88,9 +88,23 @@ def write_jsonl(path, rows):
         temporary.write_bytes(content)
 
 
-def write_json(path, content):
+def read_json(path):
+    """The JSON object of a file, as a dict. ValueError names a file that is missing or damaged."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; copy it, or make it again")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); copy the file again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def write_json(path, content, indent=1):
     """Write one JSON file, all or nothing."""
-    text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+    text = json.dumps(content, ensure_ascii=False, indent=indent) + "\n"
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -208,11 +222,13 @@ def between(interval, kind=float):
     return read
 
 
-def add_numbers(parser, *rows):
-    """Add a flag for each (name, default, interval, what it is)."""
-    for name, default, interval, text in rows:
-        parser.add_argument(f"--{name}", type=between(interval, type(default)), default=default,
-                            help=f"{text} (default {default})")
+def add_flags(parser, *rows):
+    """Add a flag for each (name, default, kind, what it is). kind: an interval of numbers, as
+    between() has it, or Path. It must be given where the default is None."""
+    for name, default, kind, text in rows:
+        kind = between(kind, type(default)) if isinstance(kind, str) else kind
+        parser.add_argument(f"--{name}", type=kind, default=default, required=default is None,
+                            help=text if default is None else f"{text} (default {default})")
 
 
 def machine_flags(parser, dtypes=("float32", "bfloat16", "float16")):
@@ -222,7 +238,7 @@ def machine_flags(parser, dtypes=("float32", "bfloat16", "float16")):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help=f"cpu or cuda (default {device})")
     parser.add_argument("--dtype", default="float32", choices=dtypes, help="default float32")
-    add_numbers(parser, ("seed", 0, "[0, 9e18]", "same seed, same machine, same result"),
+    add_flags(parser, ("seed", 0, "[0, 9e18]", "same seed, same machine, same result"),
                 ("threads", 0, "[0, 1024]", "CPU threads; 0: one a core"))
 
 
