@@ -31,6 +31,7 @@ CORPUS = data/tiny_world/passages.jsonl.gz data/tiny_world/pairs.jsonl.gz
 TOKENS = --tokenizer $(D)/tokenizer --context 128
 
 demo: .venv/ready
+	@echo "Where this is going, with a pair that was trained before:"; $(RUN) speculate.py
 	@mkdir -p $(S); test -z "`ls $(S)`" || echo "done before and skipped now:" `ls -tr $(S)` "(rm -r $(D) starts afresh)"
 	@$(MAKE) --no-print-directory $(S)/bench
 	$(RUN) data/report.py --dir $(D) --out out/demo.png --check

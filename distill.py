@@ -440,13 +440,11 @@ def compare(args):
     seed, since losses differ in scale; results are on test prompts, over all seeds. Everything
     trained is kept and in the JSON; what is there already is not trained again.
     """
-    args.resume = True
-    train.fill_in(args)
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.losses:
         losses.choose(name, **options_of(name, args))
     tok, target, draft = load_pair(args)
-    states = TargetStates(target, args.target, torch.float32)
+    states = TargetStates(target, args.target, getattr(torch, args.dtype))
     training, held_out, pretraining = read_training(args, tok)
     answers = {path: read_answers(target, tok, path, args.out / f"{path.stem}-answers.jsonl")
                for path in (args.dev, args.test)}
@@ -456,8 +454,8 @@ def compare(args):
     def trained(name, rate, seed):
         """The drafter trained so, and its log."""
         options = argparse.Namespace(**{**vars(args), **options_of(name, args), "loss": name,
-                                        "learning_rate": rate, "min_learning_rate": rate / 10,
-                                        "seed": seed})
+                                        "learning_rate": rate, "seed": seed, "resume": True})
+        train.fill_in(options)
         key = files.fingerprint(deciding(options, draft, states, training + held_out))[:8]
         options.out = args.out / re.sub(r"[^\w+-]", "_", f"{name}-{rate:g}-{seed}-{key}")
         one = model.load(args.draft, target.embed_tokens.weight.device, vocab_size=tok.vocab_size)
@@ -470,12 +468,13 @@ def compare(args):
     print("before:  " + "  ".join(f"{k} {v:.3f}" for k, v in before.items()), flush=True)
     for name in args.losses:
         for rate in args.learning_rates:
-            alpha = acceptance(trained(name, rate, 0)[0], target, states, tune_on)
-            runs.append({"loss": name, "learning_rate": rate, "seed": 0, "dev_alpha": alpha})
+            alpha = acceptance(trained(name, rate, args.seed)[0], target, states, tune_on)
+            runs.append({"loss": name, "learning_rate": rate, "seed": args.seed,
+                         "dev_alpha": alpha})
             print(f"{name}: learning rate {rate:g}, development alpha {alpha:.4f}", flush=True)
         tuned = [run for run in runs if run["loss"] == name]
         best[name] = max(tuned, key=lambda run: run["dev_alpha"])["learning_rate"]
-        for seed in range(args.seeds):
+        for seed in range(args.seed, args.seed + args.seeds):
             one, log = trained(name, best[name], seed)
             runs.append({"loss": name, "learning_rate": best[name], "seed": seed, **measured(one)})
             curves.setdefault(name, []).append([(row["step"], row["held_out_alpha"]) for row in log
@@ -592,8 +591,9 @@ def compare_flags(sub):
         ("out", Path("out/compare"), Path, "folder of all runs, compare.json and compare.png"),
         ("seeds", 3, "[1, inf)", "runs a loss"),
         ("prompts", 20, "[1, inf)", "test prompts a task for tau; alpha takes all"))
-    distillation_flags(sub, steps=200, batch_size=32, learning_rate=1e-2, eval_every=16)
-    sub.set_defaults(pretrain_data=Path("out/tiny/pretrain"), draft_vocabulary=0)
+    distillation_flags(sub, steps=200, batch_size=32, eval_every=16)
+    sub.set_defaults(pretrain_data=Path("out/tiny/pretrain"), draft_vocabulary=0,
+                     min_learning_rate=None)
 
 
 def distillation_flags(parser, **defaults):

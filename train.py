@@ -368,13 +368,13 @@ def copy_tokenizer(source, folder):
                 shutil.copyfile(path, temporary)
 
 
-def training_flags(parser, steps, batch_size, context, learning_rate, eval_every):
-    """Add the flags that both trainings have, with these defaults."""
+def training_flags(parser, steps, batch_size, context, eval_every, learning_rate=None):
+    """Add the flags that all trainings have, with these defaults. No learning rate: the caller sets
+    it, and whether to resume."""
     files.add_flags(
         parser, ("steps", steps, "[1, inf)", "optimiser steps"),
         ("batch-size", batch_size, "[1, inf)", "rows in one pass"),
         ("context", context, "[2, inf)", "tokens in one row at most"),
-        ("learning-rate", learning_rate, "(0, inf)", "its peak"),
         ("weight-decay", 0.1, "[0, inf)", "AdamW's, on matrices"),
         ("beta2", 0.95, "(0, 1)", "AdamW's"),
         ("clip", 1.0, "[0, inf)", "largest global norm of the gradient, 0 for no limit"),
@@ -382,10 +382,12 @@ def training_flags(parser, steps, batch_size, context, learning_rate, eval_every
         ("save-every", 100, "[1, inf)", "steps between checkpoints"))
     parser.add_argument("--warm-up", type=files.between("[0, inf)", int),
                         help="steps of rising learning rate (default: a twentieth of --steps)")
-    parser.add_argument("--min-learning-rate", type=files.between("[0, inf)"),
-                        help="where the cosine ends (default: a tenth of the peak)")
-    parser.add_argument("--resume", action="store_true",
-                        help="go on exactly from the checkpoint in --out")
+    if learning_rate:
+        files.add_flags(parser, ("learning-rate", learning_rate, "(0, inf)", "its peak"))
+        parser.add_argument("--min-learning-rate", type=files.between("[0, inf)"),
+                            help="where the cosine ends (default: a tenth of the peak)")
+        parser.add_argument("--resume", action="store_true",
+                            help="go on exactly from the checkpoint in --out")
     # float16 would lose small gradients: no loss scaling here.
     files.machine_flags(parser, dtypes=("float32", "bfloat16"))
 
