@@ -318,7 +318,7 @@ def generation(args):
         made = distill.answer_prompts(
             target, prompts, [temperature] * len(prompts), top_p, args.max_new_tokens,
             set(tok.eos_ids), torch.Generator(device).manual_seed(args.seed), batch)
-        return sum(len(ids) + ended for _, ids, ended in made)
+        return sum(len(ids) + ended for _, ids, ended, _ in made)
 
     def length(row):
         """Tokens up to the first end token, which counts."""
