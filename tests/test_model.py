@@ -85,14 +85,14 @@ def test_ragged_rows_equal_single_rows(shape):
         padded[i, cache.start[i]:] = row
     more = torch.randint(61, (3, 3), generator=generator)
     before = torch.cat((llama(padded, cache)[:, -1:], llama(more[:, :1], cache)), 1)
-    left = [2, 0]                                   # rows leave the batch, and the order changes
-    cache.keep(torch.tensor(left))
-    after = llama(more[left, 1:], cache)
+    stay = [2, 0]                                   # rows leave the batch, and the order changes
+    cache.keep(torch.tensor(stay))
+    after = llama(more[stay, 1:], cache)
     for i, row in enumerate(rows):
         alone = llama(torch.cat((row, more[i:i + 1]), 1))[0, row.shape[1] - 1:]
         torch.testing.assert_close(before[i], alone[:2], rtol=1e-4, atol=1e-5)
-        if i in left:
-            torch.testing.assert_close(after[left.index(i)], alone[2:], rtol=1e-4, atol=1e-5)
+        if i in stay:
+            torch.testing.assert_close(after[stay.index(i)], alone[2:], rtol=1e-4, atol=1e-5)
 
 
 def test_future_tokens_do_not_change_the_past():
