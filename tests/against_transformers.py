@@ -2,16 +2,16 @@
 
     python tests/against_transformers.py --limit 4
 
-Greedy. Every prompt goes through all ways of decoding, every second prompt through the list
-backwards, so that a drift of the machine favours none. Rates are new tokens over wall time, prompt
-included; intervals are bootstrapped over prompts. Texts are compared token by token with
+Greedy. Every prompt goes through all ways of decoding. Every second prompt goes through the list
+backwards, so that a machine that slows down favours no way. Rates are new tokens over wall time,
+prompt included. Intervals are bootstrapped over prompts. Texts are compared token by token with
 transformers' plain greedy text. transformers runs in fp32 or bfloat16, whichever is faster for it
 here. llama.cpp (pip install xllamacpp) reads the same fp16 weights, written by data/export_gguf.py,
 and the 4-bit file that the weights come from.
 
-Prints a table for data/RESULTS.md, writes out/against.json, out/bench.png and, with the cost of a
-pass against the number of tokens in it, out/passes.png. Needs requirements-real.txt; not collected
-by pytest.
+Prints a table for data/RESULTS.md. Writes out/against.json, out/bench.png and out/passes.png, which
+shows the cost of a pass against the number of tokens in it. Needs requirements-real.txt; not
+collected by pytest.
 """
 
 import argparse
@@ -101,12 +101,12 @@ def transformers_ways(args, device, tok):
                 before()
             tokens = torch.tensor([ids], device=device)
             made = both[name].generate(tokens, attention_mask=torch.ones_like(tokens),
-                                   max_new_tokens=args.max_new_tokens, **options)
+                                       max_new_tokens=args.max_new_tokens, **options)
             return made[0, len(ids):].tolist(), None
         return run
 
     def schedule(count, confidence):
-        def set_it():            # transformers adapts the confidence and keeps it: start it anew
+        def set_it():            # transformers adapts the confidence and keeps it: set it again
             settings = assistant.generation_config
             settings.num_assistant_tokens = count
             settings.num_assistant_tokens_schedule = "constant"
@@ -123,11 +123,12 @@ def transformers_ways(args, device, tok):
 
 
 def llama_cpp(args, path, draft=None, gamma=0):
-    """A compiled program: function(prompt ids) -> (text, None), its tokens counted by it.
+    """A compiled program: function(prompt ids) -> (text, None). It counts its tokens itself.
 
-    It runs in a process of its own, asleep unless asked: its threads would be counted with torch's
-    by the OpenMP library that both share, which, seeing more threads than cores, no longer lets
-    them wait awake; every small operation then costs more.
+    It runs in a process of its own, which sleeps until it is asked. In this process, the OpenMP
+    library that both share would count its threads together with torch's. That is more threads
+    than cores, so the library would let them sleep between two operations, and every small
+    operation would cost more.
     """
     here, there = multiprocessing.Pipe()
     server = multiprocessing.get_context("spawn").Process(
@@ -181,21 +182,22 @@ class Text(str):
 
 
 def interval(tokens, seconds, base, picks):
-    """Ratio of total rates of two ways, and its 95 % interval over prompts. tokens, seconds: {way: (prompts,) array}."""
-    def ratio(way, rows):
+    """{way: (ratio, low, high)}: the ratio of each way's total rate to that of `base`.
+
+    low and high: the 95 % interval over prompts. tokens, seconds: {way: (prompts,) array}.
+    """
+    def rate(way, rows):
         return tokens[way][rows].sum(-1) / seconds[way][rows].sum(-1)
-    whole = np.arange(picks.shape[1])
-    return {way: (ratio(way, whole) / ratio(base, whole), *np.percentile(ratio(way, picks) / ratio(base, picks), [2.5, 97.5]))
-            for way in tokens}
+
+    whole, ratios = np.arange(picks.shape[1]), {}
+    for way in tokens:
+        resampled = rate(way, picks) / rate(base, picks)
+        ratios[way] = rate(way, whole) / rate(base, whole), *np.percentile(resampled, [2.5, 97.5])
+    return ratios
 
 
-def compare(args):
-    device, _ = files.set_up(args)
-    ways, tok, target = ways_of(args, device)
-    prompts = files.read_prompts(args.prompts)
-    tasks = [prompt["task"] for prompt in prompts]
-    prompts = [prompt for i, prompt in enumerate(prompts) if tasks[:i].count(prompt["task"]) < args.limit]
-    ids = [tok.chat_prompt(prompt["messages"]) for prompt in prompts]
+def measure(ways, ids, tok):
+    """Tokens, seconds, texts unlike the reference and target calls: each {way: one a prompt}."""
     for run in ways.values():                     # warms up, not counted
         run(ids[0])
     tokens, seconds, unequal, calls = ({way: [] for way in ways} for _ in range(4))
@@ -214,7 +216,20 @@ def compare(args):
                 reference = tok.decode([token for token in reference if token not in tok.eos_ids])
             unequal[way].append(made[way] != reference)
         progress.update(number + 1)
-    tokens, seconds = ({way: np.array(values, dtype=float) for way, values in table.items()} for table in (tokens, seconds))
+    tokens = {way: np.array(counts, dtype=float) for way, counts in tokens.items()}
+    seconds = {way: np.array(times, dtype=float) for way, times in seconds.items()}
+    return tokens, seconds, unequal, calls
+
+
+def compare(args):
+    device, _ = files.set_up(args)
+    ways, tok, target = ways_of(args, device)
+    prompts = files.read_prompts(args.prompts)
+    tasks = [prompt["task"] for prompt in prompts]
+    prompts = [prompt for i, prompt in enumerate(prompts)
+               if tasks[:i].count(prompt["task"]) < args.limit]
+    ids = [tok.chat_prompt(prompt["messages"]) for prompt in prompts]
+    tokens, seconds, unequal, calls = measure(ways, ids, tok)
     picks = np.random.default_rng(args.seed).integers(len(ids), size=(2000, len(ids)))
     bases = {"fp32": FP32, "bf16": "transformers bfloat16, plain", "plain": "nanodraft, plain"}
     ratios = {name: interval(tokens, seconds, base, picks) for name, base in bases.items()
@@ -237,8 +252,10 @@ def compare(args):
               + f"{f'{tau:.2f}' if known else ''} | {sum(unequal[way])} of {len(ids)} |")
     costs = passes(args, target, device)
     with files.atomic(args.json) as temporary:
-        temporary.write_text(json.dumps({"machine": report.machine(), "target": str(args.target), "draft": str(args.draft),
-                                         "prompts": len(ids), "tasks": [p["task"] for p in prompts], "rows": rows, "passes": costs}, indent=1) + "\n")
+        result = {"machine": report.machine(), "target": str(args.target), "draft": str(args.draft),
+                  "prompts": len(ids), "tasks": [prompt["task"] for prompt in prompts],
+                  "rows": rows, "passes": costs}
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
     if not args.ours:
         draw(args, rows, costs)
     print(f"\nwrote {args.json}" + ("" if args.ours else f" and two pictures in {args.out}"))
@@ -246,8 +263,10 @@ def compare(args):
 
 @torch.inference_mode()
 def passes(args, target, device, widths=(1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16), repeats=15):
-    """Median milliseconds of one pass over `width` tokens after 200 others, alternated; then of one
-    token after 2,000, and of a drafter's step."""
+    """Median milliseconds of one pass over `width` tokens after 200 others, both forms in turn.
+
+    Then of one token after 2,000, and of a drafter's step.
+    """
     draft = model.load(args.draft, device).for_decoding()
     models = {"for_decoding": target, "nn.Linear": model.load(args.target, device)}
     costs = {name: [] for name in models}
@@ -269,41 +288,59 @@ def passes(args, target, device, widths=(1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)
         far.append(speculate.pass_seconds(target, 1, 2000, repeats=1))
         step.append(speculate.pass_seconds(draft, 1, 200, repeats=1))
     near, far, step = (float(np.median(seconds)) * 1e3 for seconds in (near, far, step))
-    print(f"\none token after 2,000: {far:.1f} ms, after 200: {near:.1f} ms, ratio {far / near:.2f}; "
-          f"a drafter's step {step:.2f} ms, ratio {step / near:.3f}")
+    print(f"\none token after 2,000: {far:.1f} ms, after 200: {near:.1f} ms, "
+          f"ratio {far / near:.2f}; a drafter's step {step:.2f} ms, ratio {step / near:.3f}")
     print(f"\n{'pass over':29}" + " ".join(f"{width:6d}" for width in widths) + "  tokens")
     for name in models:
         print(f"{name:26} ms" + " ".join(f"{ms:6.1f}" for ms in costs[name]))
-    return {"widths": list(widths), "after_2000": far, "after_200": near, "draft": step, "ms": costs}
+    return {"widths": list(widths), "after_2000": far, "after_200": near, "draft": step,
+            "ms": costs}
 
 
 def generation(args):
-    """Tokens a second of distill.py generate and of transformers' generate in batches: same prompts, same sampling."""
+    """Tokens a second of two programs that answer in batches: same prompts, same sampling.
+
+    The programs are distill.py generate and transformers' generate.
+    """
     import transformers
     transformers.logging.set_verbosity_error()
     device, dtype = files.set_up(args)
-    tok, target = tokenizer.load(args.target), model.load(args.target, device, dtype).for_decoding()
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype).to(device).eval()
+    tok = tokenizer.load(args.target)
+    target = model.load(args.target, device, dtype).for_decoding()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype)
+    theirs = theirs.to(device).eval()
     prompts = [tok.chat_prompt(prompt["messages"]) for prompt in files.read_prompts(args.prompts)]
     prompts = [prompts[i % len(prompts)] for i in range(args.generation)]
+    temperature, top_p = 0.7, 0.95
     rates = {}
 
     def ours(batch):
-        made = distill.answer_prompts(target, prompts, [0.7] * len(prompts), 0.95, args.max_new_tokens, set(tok.eos_ids),
-                                      torch.Generator(device).manual_seed(args.seed), batch)
-        return sum(len(ids) + ended for _, ids, ended in made)
+        made = distill.answer_prompts(
+            target, prompts, [temperature] * len(prompts), top_p, args.max_new_tokens,
+            set(tok.eos_ids), torch.Generator(device).manual_seed(args.seed), batch)
+        return sum(len(ids) + ended for _, ids, ended, _ in made)
+
+    def length(row):
+        """Tokens up to the first end token, which counts."""
+        ends = (i + 1 for i, token in enumerate(row) if token in tok.eos_ids)
+        return next(ends, len(row))
 
     def transformers_batches(batch):
-        count, ordered = 0, sorted(prompts, key=len)         # like lengths together: little padding
+        count = 0
+        ordered = sorted(prompts, key=len)     # prompts of similar length together: little padding
         for at in range(0, len(ordered), batch):
             rows = ordered[at:at + batch]
             width = max(map(len, rows))
-            tokens = torch.tensor([[tok.pad_id] * (width - len(row)) + row for row in rows], device=device)
-            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-            made = theirs.generate(tokens, attention_mask=mask, max_new_tokens=args.max_new_tokens, do_sample=True, temperature=0.7, top_p=0.95,
-                                   top_k=0, repetition_penalty=1.0, eos_token_id=list(tok.eos_ids), pad_token_id=tok.pad_id)[:, width:]
-            for row in made.tolist():
-                count += next((i + 1 for i, token in enumerate(row) if token in tok.eos_ids), len(row))
+            padding = [width - len(row) for row in rows]
+            tokens = [[tok.pad_id] * pad + row for pad, row in zip(padding, rows)]
+            mask = [[0] * pad + [1] * len(row) for pad, row in zip(padding, rows)]
+            made = theirs.generate(
+                torch.tensor(tokens, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                max_new_tokens=args.max_new_tokens, do_sample=True, temperature=temperature,
+                top_p=top_p, top_k=0, repetition_penalty=1.0, eos_token_id=list(tok.eos_ids),
+                pad_token_id=tok.pad_id)
+            count += sum(length(row) for row in made[:, width:].tolist())
         return count
 
     for batch in args.batch_sizes:
@@ -313,9 +350,11 @@ def generation(args):
             begin = time.perf_counter()
             count = run(batch)
             rates.setdefault(name, {})[batch] = count / (time.perf_counter() - begin)
-            print(f"{name:20} batch {batch:4d}: {count} tokens, {rates[name][batch]:.1f} tokens/s", flush=True)
+            print(f"{name:20} batch {batch:4d}: {count} tokens, {rates[name][batch]:.1f} tokens/s",
+                  flush=True)
     best = {name: max(values.values()) for name, values in rates.items()}
-    print(f"best against best: {best['distill.py generate'] / best['transformers']:.2f} times ({args.dtype})")
+    ratio = best["distill.py generate"] / best["transformers"]
+    print(f"best against best: {ratio:.2f} times ({args.dtype})")
 
 
 def draw(args, rows, costs):
@@ -327,38 +366,52 @@ def draw(args, rows, costs):
     figure, axes = pyplot.subplots(figsize=(9, 0.42 * len(rows) + 1.4), layout="constrained")
     shown = rows[::-1]
     ratios = np.array([row["over_fp32"] for row in shown])
-    bars = axes.barh([row["way"] for row in shown], ratios[:, 0], xerr=(ratios[:, 0] - ratios[:, 1], ratios[:, 2] - ratios[:, 0]),
-                     color=["C0" if row["way"].startswith("nanodraft") else "C7" for row in shown], capsize=2)
-    axes.bar_label(bars, [f"{row['tokens_per_s']:.0f} tokens/s" for row in shown], padding=8, fontsize=8)
+    below, above = ratios[:, 0] - ratios[:, 1], ratios[:, 2] - ratios[:, 0]
+    colours = ["C0" if row["way"].startswith("nanodraft") else "C7" for row in shown]
+    bars = axes.barh([row["way"] for row in shown], ratios[:, 0], xerr=(below, above),
+                     color=colours, capsize=2)
+    rates = [f"{row['tokens_per_s']:.0f} tokens/s" for row in shown]
+    axes.bar_label(bars, rates, padding=8, fontsize=8)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.margins(x=0.15)
-    axes.set(xlabel="token rate over transformers' plain generate in fp32", title="Greedy decoding on two CPU cores" if not torch.cuda.is_available() else "Greedy decoding")
+    machine = "" if torch.cuda.is_available() else " on two CPU cores"
+    axes.set(xlabel="token rate over transformers' plain generate in fp32",
+             title=f"Greedy decoding{machine}")
     figure.savefig(args.out / "bench.png", dpi=110)
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for name, milliseconds in costs["ms"].items():
         axes.plot(costs["widths"], milliseconds, marker="o", label=name)
-    axes.set(xlabel="tokens in the pass", ylabel="milliseconds, median", title="Cost of one pass of the target", ylim=(0, None))
+    axes.set(xlabel="tokens in the pass", ylabel="milliseconds, median",
+             title="Cost of one pass of the target", ylim=(0, None))
     axes.legend()
     figure.savefig(args.out / "passes.png", dpi=110)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=Path, default=Path("models/smollm2-135m-instruct"))
     parser.add_argument("--draft", type=Path, default=Path("data/smollm2-drafter"))
     parser.add_argument("--prompts", type=Path, default=Path("data/prompts/test.jsonl"))
-    parser.add_argument("--limit", type=int, default=12, help="prompts of each task (default 12: all)")
+    parser.add_argument("--limit", type=int, default=12,
+                        help="prompts of each task (default 12: all)")
     parser.add_argument("--gamma", type=int, nargs="+", default=[1, 2, 3, 5])
     parser.add_argument("--ours", action="store_true", help="only the ways of this project")
-    parser.add_argument("--llama-gamma", type=int, default=3, help="of llama.cpp with the drafter (default 3)")
+    parser.add_argument("--llama-gamma", type=int, default=3,
+                        help="of llama.cpp with the drafter (default 3)")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--json", type=Path, default=Path("out/against.json"))
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the pictures (default out)")
-    parser.add_argument("--generation", type=int, metavar="N", help="instead: batch generation of N answers, for --batch-sizes")
+    parser.add_argument("--out", type=Path, default=Path("out"),
+                        help="folder of the pictures (default out)")
+    parser.add_argument("--generation", type=int, metavar="N",
+                        help="instead: batch generation of N answers, for --batch-sizes")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[32, 64, 128, 256])
     files.machine_flags(parser)
     args = parser.parse_args()
-    generation(args) if args.generation else compare(args)
+    if args.generation:
+        generation(args)
+    else:
+        compare(args)
 
 
 if __name__ == "__main__":
