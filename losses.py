@@ -171,7 +171,7 @@ def nla(draft_logits, target_logits):
     """-log sum_x min(p, q), the negative log of the acceptance rate (Samarin et al., 2026, arXiv
     2602.23881). Gradient: that of tvd over the acceptance rate, d(-log(1 - TVD)) = d TVD /
     (1 - TVD), so positions that the drafter still gets wrong weigh more."""
-    return -torch.log((1 - tvd(draft_logits, target_logits)).clamp(min=1e-8))
+    return -overlap(draft_logits, target_logits).clamp(min=1e-30).log()
 
 
 def lk(draft_logits, target_logits):
@@ -225,7 +225,7 @@ def leave_one_out(rewards, p, q, mu):
     Unbiased: it never sees its own sample, and positions need not be similar. K >= 2."""
     K = rewards.shape[-1]
     if K < 2:
-        raise ValueError("baseline leave-one-out needs at least 2 samples a position")
+        raise ValueError("leave-one-out needs at least 2 samples a position: --samples 2")
     return (rewards.sum(-1, keepdim=True) - rewards) / (K - 1)
 
 
@@ -423,7 +423,7 @@ def check(function, name):
     require(loss.requires_grad, "the loss has no gradient: detach() or no_grad cut it off")
     loss.sum().backward()
     require(draft.grad is not None and draft.grad.isfinite().all() and draft.grad.any(),
-            "no finite gradient in draft_logits: check detach() and square roots at 0")
+            "the gradient is missing, zero or not finite: see detach() and square roots at 0")
     require(target.grad is None or not target.grad.any(),
             "a gradient reaches target_logits: use target_logits.detach()")
     return function
