@@ -83,7 +83,7 @@ def follow_ups(records, count, seed):
 
 def main():
     parser = files.Parser(description=__doc__)
-    files.add_numbers(parser, ("count", 2400, "[1, inf)", "instructions"),
+    files.add_flags(parser, ("count", 2400, "[1, inf)", "instructions"),
                       ("seed", 0, "[0, 9e18]", "same seed, same instructions"))
     parser.add_argument("--tasks", nargs="+", default=list(SHARES), choices=list(SHARES),
                         help="default: all")

@@ -227,7 +227,7 @@ def main():
                         help="folder to write (default out/pretrain)")
     parser.add_argument("--documents", type=Path, nargs="*", default=[],
                         help="records of distill.py generate --documents, added")
-    files.add_numbers(parser, ("eval-fraction", 0.01, "(0, 1)", "share of documents held out"),
+    files.add_flags(parser, ("eval-fraction", 0.01, "(0, 1)", "share of documents held out"),
                       ("seed", 0, "[0, 9e18]", "same packages, same seed, same bytes"))
     args = parser.parse_args()
     tok = tokenizer.load(args.tokenizer)

@@ -316,14 +316,14 @@ def main():
     sub.add_argument("--prompts", type=Path, default=corpus / "prompts.jsonl")
     sub.add_argument("--records", type=Path, default=corpus / "records.jsonl")
     sub.add_argument("--out", type=Path, default=FOLDER)
-    files.add_numbers(sub, ("rarest", 3, "[1, inf)", "texts that a word must occur in"))
+    files.add_flags(sub, ("rarest", 3, "[1, inf)", "texts that a word must occur in"))
 
     sub = commands.add_parser("prepare", help="the committed corpus -> token files, conversations "
                               "and prompts")
     sub.set_defaults(function=prepare)
     sub.add_argument("--tokenizer", type=Path, default=tiny / "tokenizer")
     sub.add_argument("--out", type=Path, default=tiny)
-    files.add_numbers(sub, ("seed", 0, "[0, 9e18]", "same seed, same files"))
+    files.add_flags(sub, ("seed", 0, "[0, 9e18]", "same seed, same files"))
     args = parser.parse_args()
     args.function(args)
 

@@ -473,7 +473,7 @@ def test_bad_input_to_finetune_is_one_sentence(folders, records, tmp_path, monke
                    '"ended": true}\n')
     refused("no token of", data=bad)
     refused("--learning-rate is 0; expected a number above 0", "--learning-rate", 0)
-    refused("training went out of bounds", "--eval-records", 8, "--learning-rate", 1e30,
+    refused("lower --learning-rate", "--eval-records", 8, "--learning-rate", 1e30,
             "--steps", 9, "--warm-up", 0)
     shutil.copytree(folders / "draft", folders / "other")
     (folders / "other" / "tokenizer.model").unlink()
