@@ -109,7 +109,7 @@ def align(draft, target, states, training, held_out, pretraining, tok, args):
     loss = losses.choose(args.loss, args.samples, args.baseline, generator)
     if args.draft_vocabulary:
         draft.draft_vocabulary = draft_vocabulary(training, args.draft_vocabulary, tok).to(device)
-    settings = deciding(args, draft, states, training + held_out)
+    settings = deciding(args, training, held_out)
     # What a baseline of the sampled losses remembers of earlier steps is a part of the checkpoint.
     baseline = getattr(loss, "keywords", {}).get("baseline")
     memory = vars(baseline) if isinstance(baseline, losses.RunningMean) else {}
@@ -141,16 +141,16 @@ def align(draft, target, states, training, held_out, pretraining, tok, args):
     return run.value
 
 
-def deciding(args, draft, states, examples):
+def deciding(args, training, held_out):
     """All that a fine-tuning's result depends on, as a dict: --resume refuses another, and compare
-    trains anew."""
-    names = (*train.DECIDING, "loss", "samples", "baseline", "draft_vocabulary",
-             "pretrain_fraction", "pretrain_context")
+    trains anew. Not --threads and --device: what they change is rounding."""
+    names = (*train.DECIDING, "target", "draft", "loss", "samples", "baseline", "chunk",
+             "draft_vocabulary", "pretrain_fraction", "pretrain_context")
     text = args.pretrain_data and args.pretrain_fraction and args.pretrain_data / "train.bin"
-    return {name: getattr(args, name) for name in names} | dataclasses.asdict(draft.config) | {
-        "target": states.folder.name, "start": files.fingerprint(args.draft),
-        "records": files.fingerprint([dataclasses.astuple(e) for e in examples]),
-        "loss's file": losses.file_of(args.loss), "text": text and files.fingerprint(text)}
+    return files.settings(args, *names) | {
+        "data": train.fingerprint(training, held_out),
+        "pretrain_data": text and files.fingerprint(text),
+        "loss's file": files.fingerprint(losses.file_of(args.loss))}
 
 
 def load_pair(args):
@@ -220,13 +220,15 @@ class TargetStates:
     p = softmax(head(state)), so a state of 576 half-precision numbers stands for a distribution
     over 49,152: after the first pass over the data the target costs only its head. Kept under the
     cache folder, a file a record, named after the record, in a folder named after all else that
-    decides them: the target's weights, its config.json, and the dtype.
+    decides them: the content of the target's folder, the decoder's code, and the dtype.
     """
 
     def __init__(self, target, folder, dtype):
         self.target, self.dtype = target, dtype
         # With the dtype: bfloat16 leaves its rounding in them.
-        self.folder = files.cache_dir("target-states", files.fingerprint(Path(folder), str(dtype)))
+        key = files.fingerprint(Path(folder), Path(model.__file__), str(dtype))
+        self.folder = files.cache_dir("target-states", key)
+        files.remove_leftovers(self.folder)
 
     def path(self, example):
         return self.folder / f"{files.fingerprint(dataclasses.astuple(example))}.npy"
@@ -321,11 +323,11 @@ def write_records(target, tok, prompts, out, seed, temperatures=(0, 0.3, 0.7, 1.
             temperature = temperatures[len(items) % len(temperatures)]
             items.append((ids, {"id": f"{number:05d}.{k}", **prompt, "temperature": temperature}))
     files.trim_partial_line(out)
-    done = {row["id"]: row for row in files.read_jsonl(out)} if out.is_file() else {}
-    for _, item in items:
-        if item["id"] in done and done[item["id"]]["messages"] != item["messages"]:
-            raise ValueError(f"{out}: record {item['id']} answers another prompt than today's; "
-                             f"choose another --out")
+    done = {row.get("id"): row for row in files.read_jsonl(out)} if out.is_file() else {}
+    for key, item in ((key, item) for _, item in items for key in item):
+        if done.get(item["id"], item).get(key) != item[key]:
+            raise ValueError(f"{out}: record {item['id']} answers another prompt than today's (its "
+                             f"{key} differs); choose another --out")
     missing = [item for item in items if item[1]["id"] not in done]
     print(f"{len(items)} answers wanted, {len(items) - len(missing)} already in {out}")
     generator = torch.Generator(target.embed_tokens.weight.device).manual_seed(seed + len(done))
@@ -405,19 +407,38 @@ def words(text):
     return " ".join(text.lower().split())
 
 
+def claim(args, *written):
+    """Refuse to mix what other settings gave into the files `written`, or to touch what generate
+    did not write. What decides the records is kept beside them: all but the prompts, which are in
+    the records, and --batch-size, which decides what fits into memory."""
+    kept = Path(f"{args.out}.settings.json")
+    settings = files.settings(args, "target", "temperatures", "top_p", "max_new_tokens",
+                              "per_prompt", "seed", "dtype", "instruction_temperature",
+                              "max_instruction_tokens", "openings")
+    settings["source"] = next(name for name in ("prompts", "self_instruct", "documents")
+                              if getattr(args, name))
+    for path in filter(Path.exists, written):
+        if not kept.is_file():
+            raise ValueError(f"{path} has no {kept.name} beside it, so how it was made is unknown: "
+                             f"give another --out")
+        if not args.resume:
+            raise ValueError(f"{path} exists: give --resume to go on with it, or another --out")
+        files.require_same(path, files.read_json(kept), settings)
+    files.write_json(kept, settings)
+
+
 def generate(args):
     """Answer prompts, or self-written instructions, or write documents from the bare start."""
     instructions = args.out.with_suffix(".instructions.jsonl")
-    for path in (args.out, instructions) if args.self_instruct else (args.out,):
-        if path.is_file() and not args.resume:
-            raise ValueError(f"{path} exists: give --resume to go on with it, or another --out")
+    claim(args, *[args.out, instructions][:1 + bool(args.self_instruct)])
     prompts, stop_ids = files.read_prompts(args.prompts) if args.prompts else None, ()
     device, dtype = files.set_up(args)
     tok = tokenizer.load(args.target)
     target = model.load(args.target, device, dtype, tok.vocab_size).for_decoding()
     print(f"target {args.target}: {target.parameter_count() / 1e6:.1f} M parameters")
     if args.self_instruct:
-        self_instruct(target, tok, args.self_instruct, instructions, args)
+        with files.locked(instructions):
+            self_instruct(target, tok, args.self_instruct, instructions, args)
         prompts = files.read_prompts(instructions)[:args.self_instruct]
     elif args.documents:
         # Only the token that separates documents; what comes is what the model was pretrained on.
@@ -446,8 +467,10 @@ def compare(args):
     tok, target, draft = load_pair(args)
     states = TargetStates(target, args.target, getattr(torch, args.dtype))
     training, held_out, pretraining = read_training(args, tok)
-    answers = {path: read_answers(target, tok, path, args.out / f"{path.stem}-answers.jsonl")
-               for path in (args.dev, args.test)}
+    answers = {}
+    for path in (args.dev, args.test):
+        name = f"{path.stem}-answers-{files.fingerprint(args.target, path)[:8]}.jsonl"
+        answers[path] = read_answers(target, tok, path, args.out / name)
     tune_on = next(iter(answers[args.dev].values()))     # the training's task; others are kept out
     prompts = files.read_prompts(args.test)
 
@@ -456,10 +479,11 @@ def compare(args):
         options = argparse.Namespace(**{**vars(args), **options_of(name, args), "loss": name,
                                         "learning_rate": rate, "seed": seed, "resume": True})
         train.fill_in(options)
-        key = files.fingerprint(deciding(options, draft, states, training + held_out))[:8]
+        key = files.fingerprint(deciding(options, training, held_out))[:8]
         options.out = args.out / re.sub(r"[^\w+-]", "_", f"{name}-{rate:g}-{seed}-{key}")
         one = model.load(args.draft, target.embed_tokens.weight.device, vocab_size=tok.vocab_size)
-        with open(args.out / "output.log", "a") as log, contextlib.redirect_stdout(log):
+        with (open(args.out / "output.log", "a") as log, contextlib.redirect_stdout(log),
+              files.locked(options.out, folder=True)):
             align(one, target, states, training, held_out, pretraining, tok, options)
         return one, files.read_jsonl(options.out / "log.jsonl")
 
@@ -613,7 +637,8 @@ def distillation_flags(parser, **defaults):
 
 def main():
     args = make_parser().parse_args()
-    args.function(args)
+    with files.locked(args.out, folder=args.function is not generate):
+        args.function(args)
 
 
 if __name__ == "__main__":

@@ -382,9 +382,9 @@ def choose(name, samples=1, baseline=None, generator=None):
 
 
 def file_of(name):
-    """The content of a student's file, FILE.py:FUNCTION; "" for a loss in LOSSES. What was trained
-    with another content was trained with another loss."""
-    return Path(name.rsplit(":", 1)[0]).read_text(encoding="utf-8") if ":" in name else ""
+    """The file that defines a loss: a student's of FILE.py:FUNCTION, or this one. What was trained
+    with another content of it was trained with another loss."""
+    return Path(name.rsplit(":", 1)[0] if ":" in name else __file__)
 
 
 def load_function(path, name):

@@ -411,8 +411,10 @@ def bench(pair, args):
                                          size))
         result = {"target": str(args.target), "draft": str(args.draft), "machine": report.machine(),
                   "size_ratio": size, "verify": args.verify, "rows": rows, "mismatches": mismatches}
-        if args.json:                             # after every prompt: a kill leaves what there is
-            files.write_json(args.json, result)
+        if args.json:         # after every prompt: a kill leaves what there is, and an earlier OUT
+            files.write_json(f"{args.json}.part", result)
+    if args.json:
+        os.replace(f"{args.json}.part", args.json)
     report.print_bench(result, args)
 
 
@@ -420,7 +422,7 @@ def timed(pair, args, ids, gamma, number):
     """One prompt decoded, plainly if gamma is None: (Generation, seconds, of them the prompt's)."""
     target, draft, tok, device, _ = pair
     tokens = torch.tensor([ids], device=device)
-    generator = torch.Generator(device).manual_seed(args.seed * 100_003 + number)
+    generator = torch.Generator(device).manual_seed((args.seed * 100_003 + number) % 2 ** 63)
     shape = (args.temperature, args.top_p, tok.eos_ids, generator)
     if gamma is None:
         stream = autoregressive_stream(target, tokens, args.max_new_tokens, *shape)
@@ -504,6 +506,12 @@ def parse():
 
 def main():
     args = parse()
+    with files.locked(args.json) if args.json else contextlib.nullcontext():
+        decode(args)
+
+
+def decode(args):
+    """Load the pair, and do what is asked of it."""
     tok, style = tokenizer.load_pair(args.target, args.draft), trace_style(args.trace)
     if args.first and style == "plain":
         style = "brackets"

@@ -19,7 +19,6 @@ import json
 import math
 import shutil
 import time
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -177,7 +176,7 @@ def batch_at(examples, batch_size, seed, number):
     have seen. Batches hold examples of similar length: little padding, and still random.
     """
     epoch, index = divmod(number, math.ceil(len(examples) / batch_size))
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2 ** 63)
     order = torch.randperm(len(examples), generator=generator).tolist()
     batches = []
     for at in range(0, len(order), 16 * batch_size):
@@ -199,6 +198,11 @@ def hold_out(examples, count):
     held_out = list(prompts.values())[::math.ceil(len(prompts) / count)]
     held = {id(e) for group in held_out for e in group}
     return [e for e in examples if id(e) not in held], [e for e in examples if id(e) in held]
+
+
+def fingerprint(*parts):
+    """files.fingerprint of these lists of Examples."""
+    return files.fingerprint(*([(e.tokens, e.first) for e in part] for part in parts))
 
 
 # ---- Optimiser and schedule --------------------------------------------------------------------
@@ -330,12 +334,7 @@ def read_checkpoint(folder, settings):
     except Exception as error:  # torch raises any of five kinds for a damaged file
         raise ValueError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]}); "
                          f"move {folder} away and start again") from None
-    old, new = made_with.get, settings.get
-    differing = [f"{name} was {old(name)}, now {new(name)}"
-                 for name in sorted({*made_with, *settings}) if old(name) != new(name)]
-    if differing:
-        raise ValueError(f"{path} was made with other settings ({'; '.join(differing)}): --resume "
-                         f"needs the same ones; or give another --out to start a new run")
+    files.require_same(path, made_with, settings)
     return state
 
 
@@ -393,9 +392,14 @@ def training_flags(parser, steps, batch_size, context, eval_every, learning_rate
 
 
 def fill_in(args):
-    """Set the flags whose default follows from others. ValueError if --out holds a model."""
-    names = ("training.pt", "model.safetensors", "config.json")
-    if not args.resume and any((Path(args.out) / name).is_file() for name in names):
+    """Set the flags whose default follows from others. ValueError if --out holds a model that is
+    not to be gone on with, or that no training here has made."""
+    held = [name for name in ("training.pt", "model.safetensors", "config.json")
+            if (args.out / name).is_file()]
+    if held and held[0] != "training.pt":
+        raise ValueError(f"--out {args.out} holds a model without training.pt, so no training can "
+                         f"go on with it: give another --out")
+    if held and not args.resume:
         raise ValueError(f"--out {args.out} already holds a model: add --resume to go on")
     args.warm_up = args.steps // 20 if args.warm_up is None else args.warm_up
     if args.min_learning_rate is None:
@@ -468,12 +472,12 @@ def parse(argv):
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--model", choices=PRESETS, default="small-drafter",
                        help="shape (default small-drafter)")
-    start.add_argument("--init", metavar="DIR",
+    start.add_argument("--init", type=Path, metavar="DIR",
                        help="go on from the weights of this model folder, in its shape")
-    parser.add_argument("--embed-from", metavar="DIR", help="start the embedding from that of this "
-                        "model (the target), reduced to this width by SVD")
-    parser.add_argument("--chat", metavar="FILE", help="tune on the answers of these conversations "
-                        "(JSON lines of messages and response) instead of on --data")
+    parser.add_argument("--embed-from", type=Path, metavar="DIR", help="start the embedding from "
+                        "that of this model (the target), reduced to this width by SVD")
+    parser.add_argument("--chat", type=Path, metavar="FILE", help="tune on the answers of these "
+                        "conversations (JSON lines of messages and response) instead of on --data")
     files.add_flags(
         parser, ("data", "out/pretrain", Path, "folder with train.bin, eval.bin and meta.json"),
         ("tokenizer", "models/smollm2-135m-instruct", Path, "folder with the tokenizer"),
@@ -482,7 +486,6 @@ def parse(argv):
     training_flags(parser, steps=1000, batch_size=8, context=256, learning_rate=1e-3,
                    eval_every=100)
     args = parser.parse_args(argv)
-    fill_in(args)
     if args.init and args.embed_from:
         raise ValueError("--init brings its own embedding; leave --embed-from out")
     return args
@@ -490,23 +493,28 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
+    with files.locked(args.out, folder=True):
+        train(args)
+
+
+def train(args):
+    fill_in(args)
     device, dtype = files.set_up(args)
     tok = tokenizer.load(args.tokenizer)
     generator = torch.Generator().manual_seed(args.seed)  # all the randomness there is from here on
     if args.chat:
         training, held_out = hold_out(read_examples(args.chat, tok, args.context), EVAL_WINDOWS)
         evaluation = [collate(held_out[i:i + 8], device) for i in range(0, len(held_out), 8)]
-        size = sum(e.count for e in training)
-        checksum = zlib.crc32(json.dumps([e.tokens for e in training]).encode())
+        size, text = sum(e.count for e in training), fingerprint(training, held_out)
     else:
         training, held_out = pretrain_text.read(args.data, tok, args.context)
         rows = pretrain_text.spread(held_out, args.context, EVAL_WINDOWS).to(device).split(1)
         evaluation = [(tokens, torch.ones_like(tokens, dtype=torch.bool)) for tokens in rows]
-        size, checksum = len(training), zlib.crc32(training)
+        size, text = len(training), files.fingerprint(args.data)
     llama = build(args, tok).to(device)
-    settings = {**{name: getattr(args, name) for name in (*DECIDING, "accumulate", "embed_from")},
-                **dataclasses.asdict(llama.config), "model": args.init or args.model,
-                "tokenizer": tok.fingerprint, "train.bin": f"{size} tokens, {checksum:08x}"}
+    settings = {**files.settings(args, *DECIDING, "accumulate", "model", "init", "embed_from"),
+                **dataclasses.asdict(llama.config), "tokenizer": tok.fingerprint,
+                "chat" if args.chat else "data": text}
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     def measure():

@@ -6,15 +6,18 @@ already written is lost, and `run` turns bad input into one sentence and exit co
 
 import argparse
 import ctypes
+import errno
 import gzip
 import hashlib
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
-from contextlib import contextmanager
+import zlib
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -46,9 +49,63 @@ def atomic(path):
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        os.umask(mask := os.umask(0))
+        os.chmod(temporary, 0o666 & ~mask)    # as open() does; safetensors lets only the owner read
         os.replace(temporary, path)      # in one step: a reader sees the old file or the new one
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path, folder=False):
+    """Let no other process write to `path`, a file or a folder, while the block runs.
+
+    ValueError if one does already, or if `path` is of the other kind. The operating system holds
+    the lock, so a killed process leaves none; the temporary files that it left are removed.
+    """
+    if path.exists() and path.is_dir() != folder:
+        raise ValueError(f"{path} is a {'file' if folder else 'folder'}: give the name of a "
+                         f"{'folder' if folder else 'file'} to write")
+    lock = Path(f"{path.resolve()}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "a") as file:
+        if taken(file):
+            raise ValueError(f"{path} is being written by another process: wait for its end, or "
+                             f"give another name")
+        remove_leftovers(path if folder else path.parent)
+        try:
+            yield
+        finally:
+            with suppress(OSError):      # Windows removes no open file
+                lock.unlink()
+
+
+def taken(file):
+    """Whether another process holds the lock of this open file. If not, this one does now, until it
+    closes the file or ends."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:             # some network file systems have no locks: go on without
+        return error.errno in (errno.EAGAIN, errno.EACCES)
+    return not os.fstat(file.fileno()).st_nlink       # removed just now by the one that held it
+
+
+def remove_leftovers(folder):
+    """Remove the temporary files of `atomic` in this folder whose process is gone."""
+    for path in folder.glob("*.tmp"):
+        process = re.fullmatch(r".+\.(\d{1,9})\.tmp", path.name)
+        if process and os.name != "nt":  # Windows has no signal that only asks
+            try:
+                os.kill(int(process[1]), 0)
+            except ProcessLookupError:
+                path.unlink(missing_ok=True)
+            except PermissionError:      # it runs, as another user's
+                pass
 
 
 def read_jsonl(path):
@@ -59,21 +116,25 @@ def read_jsonl(path):
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give the path of a JSON lines file")
-    rows, opened = [], gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error.msg}); mend or delete "
-                                 f"that line") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: expected a JSON object, got "
-                                 f"{type(row).__name__}")
-            rows.append(row)
-    return rows
+    opened = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rt", encoding="utf-8", errors="replace") as file:
+            lines = file.readlines()
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); copy the file again") from None
+    return [json_object(line, f"{path}, line {number}", "mend or delete that line")
+            for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def json_object(text, where, remedy):
+    """The dict of a JSON text. ValueError says where there is none, and what to do."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON ({error}); {remedy}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(content).__name__}")
+    return content
 
 
 def write_jsonl(path, rows):
@@ -93,13 +154,7 @@ def read_json(path):
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; copy it, or make it again")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); copy the file again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
+    return json_object(path.read_bytes(), path, "copy the file again")
 
 
 def write_json(path, content, indent=1):
@@ -110,12 +165,18 @@ def write_json(path, content, indent=1):
 
 
 def trim_partial_line(path):
-    """Cut off a last line without its newline, which a killed writer leaves behind."""
+    """Cut off the half of a last line that a killed writer leaves behind. A line that lacks its
+    newline alone gets it."""
     path = Path(path)
     if path.is_file():
         with open(path, "r+b") as file:
             content = file.read()
-            file.truncate(content.rfind(b"\n") + 1)
+            begin = content.rfind(b"\n") + 1
+            try:
+                json_object(content[begin:], path, "")       # no half of an object is one
+                file.write(b"\n")
+            except ValueError:
+                file.truncate(begin)
 
 
 def messages_of(row):
@@ -172,19 +233,40 @@ def cache_dir(*parts):
     return folder
 
 
+# What is read of a model's, a tokenizer's or a text's folder.
+READ = ("*config.json", "*.index.json", "*.safetensors", "draft_vocabulary.json", "*.bin",
+        "tokenizer.json", "tokenizer.model", "chat_template.jinja")
+
+
 def fingerprint(*parts):
-    """20 hex digits that change with any part: a path counts by its content (a model folder by its
-    weights and config.json), anything else by its JSON."""
+    """20 hex digits that change with any part: a path counts by its content (a folder by what is
+    read of it), anything else by its JSON; never by a name."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, Path):
-            folder = [part / "config.json", *sorted(part.glob("*.safetensors"))]
+            folder = [path for name in READ for path in sorted(part.glob(name))]
             for path in folder if part.is_dir() else [part]:
                 with open(path, "rb") as content:
                     digest.update(hashlib.file_digest(content, "sha256").digest())
         else:
-            digest.update(json.dumps(part, default=str).encode())
+            digest.update(json.dumps(part).encode() + b"\n")
     return digest.hexdigest()[:20]
+
+
+def settings(args, *names):
+    """{name: value} of the flags that decide a result; of a path its fingerprint."""
+    chosen = {name: getattr(args, name) for name in names}
+    return {name: f"content {fingerprint(value)}" if isinstance(value, Path) else value
+            for name, value in chosen.items()}
+
+
+def require_same(path, old, new):
+    """ValueError names what differs between the settings that `path` was made with and today's."""
+    differing = [f"{name} was {old.get(name)}, now {new.get(name)}"
+                 for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    if differing:
+        raise ValueError(f"{path} was made with other settings ({'; '.join(differing)}): --resume "
+                         f"needs the same ones; or give another --out to start a new run")
 
 
 # ---- Flags -------------------------------------------------------------------------------------
