@@ -183,7 +183,7 @@ class Llama(nn.Module):
         self.draft_vocabulary = None          # (K,) ids that a drafter may propose, or None: all
         self.decoding_head, self.packed_count = None, 0           # set by for_decoding alone
         for name, weight in self.named_parameters():
-            if weight.dim() == 2 and not weight.is_meta:      # meta: a shape alone, which load fills
+            if weight.dim() == 2 and not weight.is_meta:     # meta: a shape alone, that load fills
                 # GPT-2's start: standard deviation 0.02. Matrices whose results are added to the
                 # residual stream start smaller, by the root of the number of additions: after all
                 # of them the stream then has about the same size, whatever the depth.
@@ -231,7 +231,7 @@ class Llama(nn.Module):
         keys = torch.arange(past + T, device=device)
         positions, visible = columns[None], (keys <= columns[:, None])[None]     # causal
         if start is not None:
-            positions = (columns - start[:, None]).clamp(min=0)                    # of padding: any would do
+            positions = (columns - start[:, None]).clamp(min=0)       # of padding: any would do
             # A padding column may see itself, only so that its softmax is not 0 / 0.
             itself = keys == columns[:, None]
             visible = visible & ((keys >= start[:, None, None]) | itself)         # (B, T, past + T)
