@@ -16,7 +16,6 @@ also ask again: --follow-up makes second turns from records of `distill.py gener
 same prompts.
 """
 
-import json
 import random
 import re
 import sys
@@ -27,7 +26,7 @@ if not __package__:  # run as a script: sys.path[0] is data/, the root is one up
 from data import files
 
 SHARES = {"open": 0.48, "summarisation": 0.13, "translation": 0.13, "reasoning": 0.13, "code": 0.13}
-LISTS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+LISTS = files.read_json(Path(__file__).with_suffix(".json"))
 FORMS, FILL, FOLLOW_UPS = LISTS["forms"], LISTS["fill"], LISTS["follow_ups"]
 
 
@@ -61,8 +60,8 @@ def prompts(count, seed, tasks):
         text = form.format(**chosen)
         repeated = repeated + 1 if text in rows else 0
         if repeated == 1000:
-            raise ValueError(f"--count {count}: after {len(rows)} different prompts no new one was "
-                             f"found; ask for fewer, or add to the lists")
+            raise ValueError(f"--count {count}: after {len(rows)} prompts no new one was found; "
+                             f"ask for fewer, or add to the lists")
         rows.setdefault(text, task)
     return [{"task": task, "prompt": text} for text, task in rows.items()]
 
@@ -84,12 +83,12 @@ def follow_ups(records, count, seed):
 def main():
     parser = files.Parser(description=__doc__)
     files.add_flags(parser, ("count", 2400, "[1, inf)", "instructions"),
-                      ("seed", 0, "[0, 9e18]", "same seed, same instructions"))
-    parser.add_argument("--tasks", nargs="+", default=list(SHARES), choices=list(SHARES),
+                    ("seed", 0, "[0, 9e18]", "same seed, same instructions"),
+                    ("out", Path("out/everyday.jsonl"), Path, "JSON lines to write"))
+    parser.add_argument("--tasks", nargs="+", default=[*SHARES], choices=SHARES,
                         help="default: all")
     parser.add_argument("--follow-up", type=Path, metavar="RECORDS",
                         help="second turns to these records instead")
-    parser.add_argument("--out", type=Path, default=Path("out/everyday.jsonl"))
     args = parser.parse_args()
     if args.follow_up:
         rows = follow_ups(files.read_jsonl(args.follow_up), args.count, args.seed)

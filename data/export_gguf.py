@@ -10,21 +10,17 @@ text, and nobody would notice. A draft vocabulary is left out: llama.cpp's draft
 head. Needs the package gguf (requirements-real.txt).
 """
 
-import json
 import sys
 from pathlib import Path
 
-import sentencepiece
 from safetensors.torch import load_file
 
 if not __package__:  # run as a script: sys.path[0] is data/, the root is one up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-from data import files, smollm2, tokenizer
+from data import files, tokenizer
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)             # GGUF's token types
 # The types of what stands before the merges in a tokenizer.json, in order, and GGUF's name for it.
 PRE_TOKENIZERS = {("Digits", "ByteLevel"): "smollm", ("ByteLevel",): "gpt-2"}
-NAMES = {theirs: ours for ours, theirs in (smollm2.WHOLE | smollm2.PARTS).items()}
 
 
 def interleave(weight, heads):
@@ -33,58 +29,62 @@ def interleave(weight, heads):
     return weight.view(heads, 2, rows // heads // 2, width).transpose(1, 2).reshape(rows, width)
 
 
-def gguf_tensor(name, weight, heads, kv_heads):
-    """(GGUF's name, numpy array) of a tensor of the Hugging Face layout."""
-    layer, part = "", name.removesuffix(".weight")
-    if part.startswith("model.layers."):
-        _, _, number, part = part.split(".", 3)
-        layer = f"blk.{number}."
-    if part not in NAMES:
+def gguf_tensor(names, name, weight, heads):
+    """(GGUF's name, numpy array) of a tensor of the Hugging Face layout.
+
+    names: the package gguf's table of names; heads: how many attn_q and attn_k have.
+    """
+    ours = names.get_name(name, [".weight"])
+    if not ours:
         raise ValueError(f"the tensor {name} has no place in a Llama GGUF file")
-    if NAMES[part] in ("attn_q", "attn_k"):
-        weight = interleave(weight, heads if NAMES[part] == "attn_q" else kv_heads)
+    part = ours.split(".")[-2]
+    if part in heads:
+        weight = interleave(weight, heads[part])
     weight = weight.float() if weight.dim() == 1 else weight.half()
     if not weight.isfinite().all():
         raise ValueError(f"{name}: a weight is not finite, or too large for fp16")
-    return f"{layer}{NAMES[part]}.weight", weight.numpy()
+    return ours, weight.numpy()
+
+
+def pre_tokenizer_name(path, content):
+    """GGUF's name for how a tokenizer.json splits a text before the merges. ValueError if none."""
+    before = content["pre_tokenizer"] or {}
+    parts = before.get("pretokenizers", [before])
+    name = PRE_TOKENIZERS.get(tuple(part.get("type") for part in parts))
+    usual = all(part.get("use_regex", True) and part.get("individual_digits", True)
+                and not part.get("add_prefix_space") for part in parts)
+    if content["model"]["type"] != "BPE" or not name or not usual or content["normalizer"]:
+        raise ValueError(f"{path}: llama.cpp has no name known here for its pre_tokenizer or "
+                         f"normalizer (known: {', '.join(PRE_TOKENIZERS.values())})")
+    return name
 
 
 def add_tokenizer(folder, writer, rows):
     """Write the tokens, one for each of the embedding's rows."""
-    tok = tokenizer.load(folder)
-    if (folder / "tokenizer.json").is_file():
-        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        before = content["pre_tokenizer"] or {}
-        parts = before.get("pretokenizers", [before])
-        name = PRE_TOKENIZERS.get(tuple(part.get("type") for part in parts))
-        usual = all(part.get("use_regex", True) and part.get("individual_digits", True)
-                    and not part.get("add_prefix_space") for part in parts)
-        if content["model"]["type"] != "BPE" or not name or not usual or content["normalizer"]:
-            raise ValueError(f"{folder / 'tokenizer.json'}: llama.cpp has no name known here for "
-                             f"its pre_tokenizer or normalizer (known: "
-                             f"{', '.join(PRE_TOKENIZERS.values())}); other ids would come out")
-        added = {token["id"]: token for token in content["added_tokens"]}
-        texts = {i: text for text, i in content["model"]["vocab"].items()}
-        texts |= {i: token["content"] for i, token in added.items()}
-        types = {i: CONTROL if token["special"] else USER_DEFINED for i, token in added.items()}
-        merges = content["model"]["merges"]
+    from gguf import SentencePieceVocab, TokenType
+
+    tok, path = tokenizer.load(folder), folder / "tokenizer.json"
+    if path.is_file():
+        content = files.read_json(path)
+        name, merges = pre_tokenizer_name(path, content), content["model"]["merges"]
+        tokens = {i: (text, TokenType.NORMAL) for text, i in content["model"]["vocab"].items()}
+        for token in content["added_tokens"]:
+            kind = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
+            tokens[token["id"]] = (token["content"], kind)
         writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
     else:
-        pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-        name, ids = "default", range(pieces.vocab_size())
-        texts = {i: pieces.id_to_piece(i) for i in ids}
-        tests = {BYTE: pieces.is_byte, UNUSED: pieces.is_unused, CONTROL: pieces.is_control,
-                 UNKNOWN: pieces.is_unknown}
-        types = {i: kind for kind, test in tests.items() for i in ids if test(i)}
-        scores = [pieces.get_score(i) for i in ids]
-        writer.add_token_scores(scores + [-1e6] * (rows - len(scores)))
-    if max(texts) >= rows:
-        raise ValueError(f"{folder}: the tokenizer has {max(texts) + 1} tokens, the embedding only "
-                         f"{rows} rows")
+        name, pieces = "default", list(SentencePieceVocab(folder).sentencepiece_tokens())
+        tokens = {i: (text, kind) for i, (text, _, kind) in enumerate(pieces)}
+        unused = [-1e6] * (rows - len(pieces))
+        writer.add_token_scores([score for _, score, _ in pieces] + unused)
+    if max(tokens) >= rows:
+        raise ValueError(f"{folder}: the tokenizer has {max(tokens) + 1} tokens, the embedding "
+                         f"only {rows} rows")
+    tokens = [tokens.get(i, (f"[PAD{i}]", TokenType.UNUSED)) for i in range(rows)]
     writer.add_tokenizer_model("llama" if name == "default" else "gpt2")
     writer.add_tokenizer_pre(name)
-    writer.add_token_list([texts.get(i, f"[PAD{i}]") for i in range(rows)])
-    writer.add_token_types([types.get(i, NORMAL if i in texts else UNUSED) for i in range(rows)])
+    writer.add_token_list([text for text, _ in tokens])
+    writer.add_token_types([kind for _, kind in tokens])
     for add, token in ((writer.add_bos_token_id, tok.bos_id), (writer.add_eos_token_id, tok.eos_id),
                        (writer.add_pad_token_id, tok.pad_id)):
         if token is not None:
@@ -101,19 +101,19 @@ def export(folder, out):
         import gguf
     except ImportError:
         raise ValueError("gguf is missing: pip install -r requirements-real.txt") from None
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; give the folder of a model")
-    config, weights = json.loads(path.read_text(encoding="utf-8")), {}
+    config, weights = files.read_json(folder / "config.json"), {}
     for part in sorted(folder.glob("*.safetensors")):                     # one file, or its shards
         weights |= load_file(part)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if config["model_type"] != "llama" or rope.get("rope_type", "default") != "default":
-        raise ValueError(f"{path}: only Llama models with plain rotary positions can be written")
-    heads, tied = config["num_attention_heads"], config.get("tie_word_embeddings", False)
-    kv_heads = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    rows = len(weights["model.embed_tokens.weight"])
+        raise ValueError(f"{folder}: only Llama models with plain rotary positions can be written")
+    rows, layers = len(weights["model.embed_tokens.weight"]), config["num_hidden_layers"]
+    heads = {"attn_q": config["num_attention_heads"]}
+    heads["attn_k"] = config.get("num_key_value_heads") or heads["attn_q"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads["attn_q"]
+    if config.get("tie_word_embeddings"):
+        weights.pop("lm_head.weight", None)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
     with files.atomic(out) as temporary:
         writer = gguf.GGUFWriter(temporary, "llama")
         writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
@@ -121,9 +121,9 @@ def export(folder, out):
         writer.add_context_length(config["max_position_embeddings"])
         writer.add_embedding_length(config["hidden_size"])
         writer.add_feed_forward_length(config["intermediate_size"])
-        writer.add_block_count(config["num_hidden_layers"])
-        writer.add_head_count(heads)
-        writer.add_head_count_kv(kv_heads)
+        writer.add_block_count(layers)
+        writer.add_head_count(heads["attn_q"])
+        writer.add_head_count_kv(heads["attn_k"])
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
         writer.add_rope_dimension_count(head_dim)
@@ -131,8 +131,8 @@ def export(folder, out):
         writer.add_layer_norm_rms_eps(config.get("rms_norm_eps", 1e-6))
         add_tokenizer(folder, writer, rows)
         for name, weight in weights.items():
-            if not (name == "lm_head.weight" and tied or name.endswith("rotary_emb.inv_freq")):
-                writer.add_tensor(*gguf_tensor(name, weight, heads, kv_heads))
+            if not name.endswith("rotary_emb.inv_freq"):          # which follows from the config
+                writer.add_tensor(*gguf_tensor(names, name, weight, heads))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -142,7 +142,7 @@ def export(folder, out):
 def main():
     parser = files.Parser(description=__doc__)
     parser.add_argument("folder", type=Path, help="the model's folder")
-    parser.add_argument("--out", type=Path, required=True, help="the GGUF file to write")
+    files.add_flags(parser, ("out", None, Path, "the GGUF file to write"))
     args = parser.parse_args()
     export(args.folder, args.out)
     print(f"wrote {args.out} ({args.out.stat().st_size / 1e6:.0f} MB)")

@@ -6,7 +6,6 @@ already written is lost, and `run` turns bad input into one sentence and exit co
 
 import argparse
 import ctypes
-import errno
 import gzip
 import hashlib
 import json
@@ -28,6 +27,8 @@ def run(main):
     """
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `python X.py | head` ends quietly
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")           # a terminal without é shows ? in its place
     try:
         main()
     except KeyboardInterrupt:
@@ -91,7 +92,7 @@ def taken(file):
             import fcntl
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:             # some network file systems have no locks: go on without
-        return error.errno in (errno.EAGAIN, errno.EACCES)
+        return isinstance(error, (BlockingIOError, PermissionError))
     return not os.fstat(file.fileno()).st_nlink       # removed just now by the one that held it
 
 
@@ -99,13 +100,16 @@ def remove_leftovers(folder):
     """Remove the temporary files of `atomic` in this folder whose process is gone."""
     for path in folder.glob("*.tmp"):
         process = re.fullmatch(r".+\.(\d{1,9})\.tmp", path.name)
-        if process and os.name != "nt":  # Windows has no signal that only asks
-            try:
-                os.kill(int(process[1]), 0)
-            except ProcessLookupError:
-                path.unlink(missing_ok=True)
-            except PermissionError:      # it runs, as another user's
-                pass
+        if process and os.name != "nt" and is_gone(int(process[1])):
+            path.unlink(missing_ok=True)
+
+
+def is_gone(process):
+    """Whether no process has this number. Not for Windows, which has no signal that only asks."""
+    try:
+        os.kill(process, 0)
+    except OSError as error:             # PermissionError: it runs, as another user's
+        return isinstance(error, ProcessLookupError)
 
 
 def read_jsonl(path):
@@ -116,25 +120,26 @@ def read_jsonl(path):
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give the path of a JSON lines file")
-    opened = gzip.open if path.suffix == ".gz" else open
+    rows, number, opened = [], 1, gzip.open if path.suffix == ".gz" else open
     try:
-        with opened(path, "rt", encoding="utf-8", errors="replace") as file:
-            lines = file.readlines()
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); copy the file again") from None
-    return [json_object(line, f"{path}, line {number}", "mend or delete that line")
-            for number, line in enumerate(lines, 1) if line.strip()]
+        with opened(path, "rb") as lines:
+            while line := lines.readline(LONGEST):
+                row = json.loads(line.decode("utf-8")) if line.strip() else None
+                if len(line) == LONGEST:
+                    raise ValueError("longer than 64 MB")
+                if row is not None and not isinstance(row, dict):
+                    raise ValueError(f"expected a JSON object, got {type(row).__name__}")
+                if b"\\ud" in line.lower():            # half of a pair is no character of UTF-8
+                    json.dumps(row, ensure_ascii=False).encode("utf-8")
+                rows += [] if row is None else [row]
+                number += 1
+    except (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}, line {number}: no line of JSON in UTF-8 ({error}); mend or "
+                         f"delete it") from None
+    return rows
 
 
-def json_object(text, where, remedy):
-    """The dict of a JSON text. ValueError says where there is none, and what to do."""
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({error}); {remedy}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {type(content).__name__}")
-    return content
+LONGEST = 2 ** 26                       # bytes of a line; a .gz of a few KB can hold a line of GBs
 
 
 def write_jsonl(path, rows):
@@ -154,7 +159,13 @@ def read_json(path):
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; copy it, or make it again")
-    return json_object(path.read_bytes(), path, "copy the file again")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); copy the file again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
 
 
 def write_json(path, content, indent=1):
@@ -173,9 +184,9 @@ def trim_partial_line(path):
             content = file.read()
             begin = content.rfind(b"\n") + 1
             try:
-                json_object(content[begin:], path, "")       # no half of an object is one
+                json.loads(content[begin:])          # no half of an object parses
                 file.write(b"\n")
-            except ValueError:
+            except (ValueError, RecursionError):
                 file.truncate(begin)
 
 
@@ -340,8 +351,8 @@ def set_up(args):
     torch.manual_seed(args.seed)
     try:
         device = torch.device(args.device)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {args.device}: not usable here ({str(error).splitlines()[0]}); "
                          f"use --device cpu") from None
     print(f"device {device}, {args.dtype}, {torch.get_num_threads()} threads, seed {args.seed}, "

@@ -18,12 +18,12 @@ same bytes.
 
 import ast
 import importlib.metadata
-import json
 import platform
 import re
 import sys
 import sysconfig
 from pathlib import Path
+from pydoc_data import topics  # Python's language reference, as help() prints it
 
 import numpy as np
 import torch
@@ -104,27 +104,15 @@ def mostly_words(text):
 
 
 def documentation():
-    """Yield (source name, licence, documents) for Python and for each package installed."""
-    # The language reference, as help() prints it.
-    from pydoc_data import topics
-
-    library, site = Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))
-    python, seen = f"Python {platform.python_version()}", set()
-
-    def documents(texts):
-        cleaned = (without_seen_paragraphs(clean(text), seen) for text in texts)
-        return [text for text in cleaned if mostly_words(text)]
-
-    yield f"{python}: language reference (pydoc topics)", "PSF-2.0", documents(
-        topics.topics[name] for name in sorted(topics.topics))
-    yield f"{python}: docstrings", "PSF-2.0", documents(docstrings(library))
+    """Yield (source name, licence, texts) for Python and for each package."""
+    python, library = f"Python {platform.python_version()}", Path(sysconfig.get_path("stdlib"))
+    reference = [topics.topics[name] for name in sorted(topics.topics)]
+    yield f"{python}: language reference (pydoc topics)", "PSF-2.0", reference
+    yield f"{python}: docstrings", "PSF-2.0", docstrings(library)
     for package, licence in PACKAGES.items():
-        if not (site / package).is_dir():
-            print(f"{package} is not installed: left out (pip install -r requirements.txt brings "
-                  f"it)")
-            continue
-        name = f"{package} {importlib.metadata.version(package)}: docstrings"
-        yield name, licence, documents(docstrings(site / package))
+        found = importlib.metadata.distribution(package)
+        texts = docstrings(Path(found.locate_file(package)))
+        yield f"{package} {found.version}: docstrings", licence, texts
 
 
 def written_by_target(paths, tok):
@@ -134,28 +122,33 @@ def written_by_target(paths, tok):
             ids = record.get("response_ids")
             if not isinstance(ids, list) or not all(
                     isinstance(i, int) and 0 <= i < tok.vocab_size for i in ids):
-                raise ValueError(f"{path}, record {number}: expected response_ids, tokens below "
-                                 f"{tok.vocab_size}, as distill.py generate --documents writes "
-                                 f"them with this tokenizer")
+                raise ValueError(f"{path}, record {number}: expected response_ids below "
+                                 f"{tok.vocab_size}, as distill.py generate --documents writes")
             if len(ids) >= SHORTEST:
                 yield ids
+
+
+def encoded(tok, paths):
+    """Yield (source name, licence, documents as lists of ids) of the documentation, then of the
+    records in `paths`."""
+    seen = set()
+    for name, licence, texts in documentation():
+        prose = (without_seen_paragraphs(clean(text), seen) for text in texts)
+        yield name, licence, [tok.encode(text) for text in prose if mostly_words(text)]
+    if paths:
+        yield ("written by the target from its bare start", "Apache-2.0 (the model's)",
+               list(written_by_target(paths, tok)))
 
 
 def write_tokens(out, documents, sources, tok, eval_fraction, seed):
     """Shuffle documents (lists of ids), split them whole, and write train.bin, eval.bin and
     meta.json into `out`. Returns the number of tokens in each."""
     if tok.vocab_size > 2 ** 16:
-        raise ValueError(f"the tokenizer has {tok.vocab_size} tokens; the token file's uint16 "
-                         f"holds at most 65536")
+        raise ValueError(f"the tokenizer has {tok.vocab_size} tokens; uint16 holds at most 65536")
     order = np.random.default_rng(seed).permutation(len(documents))
-    documents = [documents[i] for i in order]
-    held_out = max(1, round(eval_fraction * len(documents)))
-    if len(documents) <= held_out:
-        raise ValueError(f"{len(documents)} documents are too few to hold out {eval_fraction} of "
-                         f"them for evaluation")
-    counts = {}
-    for name, part in (("eval", documents[:held_out]), ("train", documents[held_out:])):
-        ids = np.concatenate([np.array([*ids, tok.document_id], dtype="<u2") for ids in part])
+    held_out, counts = max(1, round(eval_fraction * len(documents))), {}
+    for name, part in (("eval", order[:held_out]), ("train", order[held_out:])):
+        ids = np.concatenate([[*documents[i], tok.document_id] for i in part]).astype("<u2")
         counts[f"{name}_tokens"] = len(ids)
         with files.atomic(out / f"{name}.bin") as temporary:
             ids.tofile(temporary)
@@ -176,17 +169,11 @@ def read(folder, tok, context):
     meta, *paths = [Path(folder) / name for name in ("meta.json", "train.bin", "eval.bin")]
     for path in (meta, *paths):
         if not path.is_file():
-            raise ValueError(f"{path}: no such file; python data/pretrain_text.py writes the token "
-                             f"files")
-    try:
-        fingerprint = json.loads(meta.read_text(encoding="utf-8"))["tokenizer_fingerprint"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(f"{meta}: no JSON object with tokenizer_fingerprint; write the token "
-                         f"files again") from None
+            raise ValueError(f"{path}: no such file; python data/pretrain_text.py writes it")
+    fingerprint = files.read_json(meta).get("tokenizer_fingerprint")
     if fingerprint != tok.fingerprint:
-        raise ValueError(f"{folder} was written with tokenizer {fingerprint}, but --tokenizer "
-                         f"{tok.folder} is {tok.fingerprint}: write the token files again with "
-                         f"this tokenizer")
+        raise ValueError(f"{folder} was written with tokenizer {fingerprint}, but {tok.folder} is "
+                         f"{tok.fingerprint}: write the token files again with this tokenizer")
     arrays = []
     for path in paths:
         size = path.stat().st_size
@@ -221,29 +208,22 @@ def spread(tokens, context, count):
 
 def main():
     parser = files.Parser(description=__doc__)
-    parser.add_argument("--tokenizer", type=Path, default=Path("models/smollm2-135m-instruct"),
-                        help="folder of the target's tokenizer")
-    parser.add_argument("--out", type=Path, default=Path("out/pretrain"),
-                        help="folder to write (default out/pretrain)")
+    files.add_flags(
+        parser,
+        ("tokenizer", Path("models/smollm2-135m-instruct"), Path, "folder with the tokenizer"),
+        ("out", Path("out/pretrain"), Path, "folder to write"),
+        ("eval-fraction", 0.01, "(0, 0.5]", "share of documents held out"),
+        ("seed", 0, "[0, 9e18]", "same packages, same seed, same bytes"))
     parser.add_argument("--documents", type=Path, nargs="*", default=[],
                         help="records of distill.py generate --documents, added")
-    files.add_flags(parser, ("eval-fraction", 0.01, "(0, 1)", "share of documents held out"),
-                      ("seed", 0, "[0, 9e18]", "same packages, same seed, same bytes"))
     args = parser.parse_args()
     tok = tokenizer.load(args.tokenizer)
     documents, sources = [], []
-
-    def add(name, licence, new):
-        documents.extend(new)
+    for name, licence, new in encoded(tok, args.documents):
+        documents += new
         tokens = sum(map(len, new))
         sources.append({"name": name, "licence": licence, "documents": len(new), "tokens": tokens})
         print(f"{tokens:10,} tokens {len(new):6,} documents  {name}, {licence}", flush=True)
-
-    for name, licence, texts in documentation():
-        add(name, licence, [tok.encode(text) for text in texts])
-    if args.documents:
-        add("written by the target from its bare start", "Apache-2.0 (the model's)",
-            list(written_by_target(args.documents, tok)))
     counts = write_tokens(args.out, documents, sources, tok, args.eval_fraction, args.seed)
     print(f"wrote {args.out}: {counts['train_tokens']:,} training and {counts['eval_tokens']:,} "
           f"evaluation tokens")

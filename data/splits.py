@@ -39,6 +39,17 @@ def texts(row):
     return [normalise(text) for text in instructions], normalise(row.get("response", ""))
 
 
+def marks(row, held_out):
+    """What a row is known by: {(kind, words)}. A training row and a held-out one that share a mark
+    are near copies. A held-out prompt must not be in an answer, either."""
+    instructions, response = texts(row)
+    found = {("equal", words) for words in instructions}
+    found |= {("instruction", run) for words in instructions
+              for run in runs(words, INSTRUCTION_WORDS)}
+    answers = [*instructions, response] if held_out else [response]
+    return found | {("answer", run) for words in answers for run in runs(words, ANSWER_WORDS)}
+
+
 def overlaps(training, held_out):
     """[(training index, held-out index, kind, words)] of all near copies; rows are prompts or
     records (dicts).
@@ -46,24 +57,16 @@ def overlaps(training, held_out):
     kind: "equal", "instruction" (8 words shared) or "answer" (13 words shared by a training answer
     and a held-out prompt or answer).
     """
-    equal, instruction, answer = {}, {}, {}                             # words -> held-out index
+    known, findings = {}, []                                            # known: {mark: index}
     for index, row in enumerate(held_out):
-        instructions, response = texts(row)
-        for words in instructions:
-            equal.setdefault(words, index)
-            instruction.update(dict.fromkeys(runs(words, INSTRUCTION_WORDS), index))
-        for words in (*instructions, response):
-            answer.update(dict.fromkeys(runs(words, ANSWER_WORDS), index))
-    findings = []
+        for mark in marks(row, held_out=True):
+            known.setdefault(mark, index)
     for index, row in enumerate(training):
-        instructions, response = texts(row)
-        found = [(equal[words], "equal", words) for words in instructions if words in equal]
-        found += [(instruction[run], "instruction", run) for words in instructions
-                  for run in runs(words, INSTRUCTION_WORDS) if run in instruction]
-        found += [(answer[run], "answer", run) for run in runs(response, ANSWER_WORDS)
-                  if run in answer]
-        if found:                                  # one finding a row, always the same one
-            match, kind, words = min(found, key=lambda f: (f[1] != "equal", f))
+        # One finding a row, always the same one: equal before all others.
+        found = [(mark[0] != "equal", known[mark], *mark)
+                 for mark in marks(row, held_out=False) if mark in known]
+        if found:
+            _, match, kind, words = min(found)
             findings.append((index, match, kind, " ".join(words)))
     return findings
 
@@ -73,19 +76,18 @@ def read(path):
 
     ValueError names a row that has no text to compare: it would pass as clean.
     """
-    rows = files.read_jsonl(path)
-    for number, row in enumerate(rows, 1):
+    rows = [(path, number, row) for number, row in enumerate(files.read_jsonl(path), 1)]
+    for _, number, row in rows:
         messages, instructions, answer = files.messages_of(row), [], ()
         if messages is not None and isinstance(row.get("response", ""), str):
             instructions, answer = texts(row)
         # Without messages it is a document, written from a bare start: only its text is compared.
         if not instructions and (messages or not answer):
             raise ValueError(f'{path}, row {number}: expected a text "prompt" or "messages" with a '
-                             f'user\'s turn (and, in a record, a text "response"); mend or delete '
-                             f'that row')
+                             f'user\'s turn, and in a record a text "response"; mend or delete it')
     if not rows:
         raise ValueError(f"{path}: no rows in it, so there is nothing to compare")
-    return [(path, number, row) for number, row in enumerate(rows, 1)]
+    return rows
 
 
 def main():
@@ -105,8 +107,8 @@ def main():
     training = [entry for path in args.train for entry in read(path)]
     findings = overlaps([row for *_, row in training], [row for *_, row in held_out])
     for index, match, kind, words in findings:
-        print("{} row {} ~ {} row {}: {}: {}".format(*training[index][:2], *held_out[match][:2],
-                                                     kind, words))
+        (path, number, _), (other, its, _) = training[index], held_out[match]
+        print(f"{path} row {number} ~ {other} row {its}: {kind}: {words}")
     print(f"{len(training)} training rows, {len(held_out)} held-out prompts: {len(findings)} near "
           f"copies")
     if args.drop:

@@ -79,7 +79,7 @@ def test_bad_input_is_one_sentence(sentencepiece_folder, tmp_path):
     assert_refused(done, "no such folder")
     done = run_script("data/pretrain_text.py", "--tokenizer", sentencepiece_folder,
                       "--eval-fraction", 2)
-    assert_refused(done, "between 0 and 1")
+    assert_refused(done, "above 0 and at most 0.5")
     (tmp_path / "documents.jsonl").write_text('{"response": "no ids"}\n')
     tok = tokenizer.load(sentencepiece_folder)
     with pytest.raises(ValueError, match="record 1"):
