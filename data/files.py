@@ -28,7 +28,8 @@ def run(main):
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `python X.py | head` ends quietly
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")           # a terminal without é shows ? in its place
+        if hasattr(stream, "reconfigure"):             # a terminal without é shows ? in its place
+            stream.reconfigure(errors="replace")
     try:
         main()
     except KeyboardInterrupt:
