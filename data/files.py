@@ -135,8 +135,8 @@ def read_jsonl(path):
                 rows += [] if row is None else [row]
                 number += 1
     except (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}, line {number}: no line of JSON in UTF-8 ({error}); mend or "
-                         f"delete it") from None
+        raise ValueError(f"{path}, line {number}: not JSON in UTF-8 ({error}); mend or delete "
+                         f"that line") from None
     return rows
 
 
