@@ -149,9 +149,106 @@ def test_resume_yields_exactly_the_missing_records_and_touches_none_of_the_other
     assert ids_of(again) == ids_of(lines)
     files.write_jsonl(tmp_path / "other.jsonl", [{"task": "a", "prompt": "another prompt"}])
     with pytest.raises(ValueError, match="answers another prompt"):
-        call(monkeypatch, "generate", "--target", folders / "target",
-             "--prompts", tmp_path / "other.jsonl", "--out", out, "--resume",
-             "--max-new-tokens", 12)
+        generate(monkeypatch, folders, out, "--resume", "--prompts", tmp_path / "other.jsonl")
+    assert out.read_bytes() == b"".join(again)
+
+
+CHANGES = [("--temperatures", "0.5"), ("--temperatures", "0", "0.3", "0.7"), ("--top-p", "0.9"),
+           ("--max-new-tokens", "13"), ("--per-prompt", "2"), ("--seed", "1"),
+           ("--dtype", "bfloat16"), ("--instruction-temperature", "1"),
+           ("--max-instruction-tokens", "9")]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=" ".join)
+def test_records_are_not_mixed_with_those_of_other_settings(
+        folders, tmp_path, monkeypatch, change):
+    out = tmp_path / "out.jsonl"
+    generate(monkeypatch, folders, out)
+    whole = out.read_bytes()
+    out.write_bytes(b"".join(whole.splitlines(keepends=True)[:9]))
+    name = change[0].removeprefix("--").replace("-", "_")
+    with pytest.raises(ValueError, match=rf"settings \({name} was .*, now ") as caught:
+        generate(monkeypatch, folders, out, "--resume", *change)
+    assert "\n" not in str(caught.value) and ";" not in str(caught.value).split("):")[0]
+    assert out.read_bytes() in whole
+    generate(monkeypatch, folders, out, "--resume", "--batch-size", 3)      # this decides nothing
+    assert len(files.read_jsonl(out)) == 24
+
+
+def test_any_one_changed_option_is_refused_and_named(folders, tmp_path):
+    """A space of settings, each changed in one place, through the check that generate makes."""
+    hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
+    share, count = st.floats(0.01, 1), st.integers(1, 99)
+    drawn = st.fixed_dictionaries({
+        "temperatures": st.lists(st.floats(0, 2), min_size=1, max_size=4), "top_p": share,
+        "max_new_tokens": count, "per_prompt": count, "seed": count,
+        "dtype": st.sampled_from(["float32", "bfloat16"]), "instruction_temperature": share,
+        "max_instruction_tokens": count,
+        "openings": st.sampled_from([None, folders / "prompts.jsonl"]),
+        "target": st.sampled_from([folders / "target", folders / "draft"])})
+    out, rest = tmp_path / "out.jsonl", {"prompts": "p", "self_instruct": None, "documents": None}
+
+    @hypothesis.settings(max_examples=200, deadline=None)
+    @hypothesis.given(drawn, drawn, st.data())
+    def check(first, second, data):
+        name = data.draw(st.sampled_from(sorted(first)))
+        changed = first | {name: second[name]}
+        out.unlink(missing_ok=True)
+        distill.claim(SimpleNamespace(out=out, resume=False, **first, **rest), out)
+        out.touch()
+        again = SimpleNamespace(out=out, resume=True, **changed, **rest)
+        if changed == first:
+            return distill.claim(again, out)
+        with pytest.raises(ValueError, match=rf"settings \({name} was "):
+            distill.claim(again, out)
+        distill.claim(SimpleNamespace(out=out, resume=True, **first, **rest), out)
+
+    check()
+
+
+def test_a_target_or_openings_of_the_same_name_and_other_content_are_refused(
+        folders, tmp_path, monkeypatch):
+    target, out = shutil.copytree(folders / "target", tmp_path / "target"), tmp_path / "out.jsonl"
+    openings = tmp_path / "openings.jsonl"
+    openings.write_text('{"task": "a", "opening": "count"}\n')
+    flags = ("--target", target, "--openings", openings)
+    generate(monkeypatch, folders, out, *flags)
+    whole = out.read_bytes()
+    openings.write_text('{"task": "a", "opening": "count to"}\n')
+    with pytest.raises(ValueError, match="openings was content"):
+        generate(monkeypatch, folders, out, "--resume", *flags)
+    openings.write_text('{"task": "a", "opening": "count"}\n')
+    generate(monkeypatch, folders, out, "--resume", *flags, "--target", folders / "target")
+    model.save(model.load(folders / "draft"), target)
+    with pytest.raises(ValueError, match="target was content"):
+        generate(monkeypatch, folders, out, "--resume", *flags)
+    with pytest.raises(ValueError, match="source was prompts, now documents"):
+        call(monkeypatch, "generate", "--target", folders / "target", "--documents", 3,
+             "--out", out, "--resume", "--openings", openings, "--max-new-tokens", 12)
+    assert out.read_bytes() == whole
+
+
+@pytest.mark.parametrize("flags", [(), ("--resume",)])
+@pytest.mark.parametrize("name", ["notes.txt", "notes.instructions.jsonl"])
+def test_a_file_that_generate_did_not_write_is_left_alone(
+        folders, tmp_path, monkeypatch, name, flags):
+    notes = tmp_path / name
+    notes.write_text('{"id": "00000.0"}\nmy notes')
+    with pytest.raises(ValueError, match=f"{name} has no notes.txt.settings.json beside it"):
+        call(monkeypatch, "generate", "--target", folders / "target", "--self-instruct", 3,
+             "--out", tmp_path / "notes.txt", *flags)
+    assert notes.read_text() == '{"id": "00000.0"}\nmy notes'
+    assert sorted(os.listdir(tmp_path)) == [name]
+
+
+def test_a_whole_last_record_without_its_newline_is_kept(folders, tmp_path, monkeypatch):
+    out = tmp_path / "out.jsonl"
+    generate(monkeypatch, folders, out)
+    whole = out.read_bytes()
+    out.write_bytes(whole[:-1])
+    generate(monkeypatch, folders, out, "--resume")
+    assert out.read_bytes() == whole
 
 
 def test_the_target_writes_its_own_instructions(folders, tmp_path, monkeypatch):
@@ -441,14 +538,100 @@ def test_resume_goes_on_exactly(loss, folders, records, tmp_path, monkeypatch):
         finetune(monkeypatch, folders, records, broken, "--loss", "kld", *settings, "--resume")
 
 
-def test_pretraining_text_is_mixed_in(folders, records, tmp_path, monkeypatch):
+def text_of(folders, text, seed):
+    """A folder of token files."""
     tok = tokenizer.load(folders / "target")
-    tokens = np.random.default_rng(0).integers(10, 200, 3000).astype("<u2")
-    text = tmp_path / "text"
-    text.mkdir()
+    text.mkdir(exist_ok=True)
     for name in ("train", "eval"):
-        tokens.tofile(text / f"{name}.bin")
+        tokens = np.random.default_rng(seed).integers(10, 200, 3000)
+        tokens.astype("<u2").tofile(text / f"{name}.bin")
     (text / "meta.json").write_text(json.dumps({"tokenizer_fingerprint": tok.fingerprint}))
+
+
+def test_resume_refuses_all_that_would_change_the_result(folders, records, tmp_path, monkeypatch):
+    """Each of what decides it by its content: a file of the same name and another content."""
+    here, out, text = tmp_path / "folders", tmp_path / "out", tmp_path / "text"
+    data, mine = tmp_path / "records.jsonl", tmp_path / "mine.py"
+    body = "import losses\ndef mine(q, p):\n    return losses.LOSSES['tvd'](q, p)\n"
+
+    def write():
+        shutil.rmtree(here, ignore_errors=True)
+        shutil.copytree(folders, here)
+        shutil.copy(records, data)
+        text_of(folders, text, 0)
+        mine.write_text(body)
+
+    def go_on(*more):
+        finetune(monkeypatch, here, data, out, "--steps", 3, "--loss", f"{mine}:mine",
+                 "--pretrain-data", text, "--pretrain-fraction", 0.3, "--pretrain-context", 32,
+                 "--resume", *more)
+
+    def refused(name, *more):
+        with pytest.raises(ValueError, match=rf"[(]{name} was .*, now ") as caught:
+            go_on(*more)
+        assert ";" not in str(caught.value).split("):")[0]
+        write()
+
+    def other(folder):
+        llama = model.load(here / folder)
+        llama.norm.weight.data[0] += 0.01
+        model.save(llama, here / folder)
+
+    write()
+    go_on()
+    for folder in ("target", "draft"):
+        other(folder)
+        refused(folder)
+    text_of(folders, text, 1)
+    refused("pretrain_data")
+    mine.write_text(body + "# edited\n")
+    refused("loss's file")
+    files.write_jsonl(data, [*files.read_jsonl(records)[1:], files.read_jsonl(records)[0]])
+    refused("data")
+    refused("data", "--eval-records", 12)
+    refused("chunk", "--chunk", 7)
+    refused("draft_vocabulary", "--draft-vocabulary", 300)
+    refused("pretrain_fraction", "--pretrain-fraction", 0.2)
+    refused("pretrain_context", "--pretrain-context", 16)
+    go_on("--save-every", 2, "--eval-every", 2)                            # these decide nothing
+
+
+@pytest.mark.parametrize("flags", [("--samples", 2), ("--baseline", "expected")])
+def test_resume_refuses_other_options_of_a_sampled_loss(
+        folders, records, tmp_path, monkeypatch, flags):
+    settings = ("--steps", 2, "--loss", "tvd-sampled")
+    finetune(monkeypatch, folders, records, tmp_path / "out", *settings)
+    with pytest.raises(ValueError, match=f"{flags[0][2:]} was "):
+        finetune(monkeypatch, folders, records, tmp_path / "out", *settings, *flags, "--resume")
+
+
+def test_a_model_without_a_checkpoint_is_left_alone(folders, records, tmp_path, monkeypatch):
+    out = shutil.copytree(folders / "draft", tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(ValueError, match="out holds a model without training.pt"):
+        finetune(monkeypatch, folders, records, out, "--steps", 2, "--resume")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_target_states_are_kept_by_content(folders, tmp_path):
+    target = frozen_target(folders)
+    folder = shutil.copytree(folders / "target", tmp_path / "target")
+
+    def place(dtype=torch.float32):
+        return distill.TargetStates(target, folder, dtype).folder
+
+    places = [place(), place(torch.bfloat16)]
+    for name in ("model.safetensors", "config.json", "model-00002-of-00002.safetensors",
+                 "model.safetensors.index.json", "tokenizer.model"):
+        with open(folder / name, "ab") as file:
+            file.write(b" ")
+        places.append(place())
+    assert len(set(places)) == len(places)
+
+
+def test_pretraining_text_is_mixed_in(folders, records, tmp_path, monkeypatch):
+    text = tmp_path / "text"
+    text_of(folders, text, 0)
     finetune(monkeypatch, folders, records, tmp_path / "out", "--steps", 3,
              "--pretrain-data", text, "--pretrain-fraction", 0.3, "--pretrain-context", 32)
     assert all(row["pretrain_loss"] > 1 for row in log_of(tmp_path / "out")[:3])

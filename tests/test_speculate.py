@@ -9,6 +9,7 @@ import argparse
 import itertools
 import json
 import math
+import os
 import re
 from collections import Counter
 
@@ -737,6 +738,42 @@ def test_bench_writes_the_rows_that_design_promises(folders, tmp_path):
         assert len(row["kept_histogram"]) == row["gamma"] + 1 and row["decoding_speedup"] > 0
     assert "of those that kept all before it" in process.stdout
     assert rows[5]["new_tokens"] == sum(row["new_tokens"] for row in rows[1:4:2])
+
+
+def test_a_killed_bench_leaves_the_earlier_result_and_its_own_beside_it(
+        folders, tmp_path, monkeypatch):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "bench.json"
+    files.write_jsonl(prompts, [{"task": "a", "prompt": f"count to {i}"} for i in range(4)])
+    flags = ("--bench", prompts, "--max-new-tokens", 4, "--json", out)
+    assert script(folders, *flags).returncode == 0
+    earlier = out.read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["bench.json", "prompts.jsonl"]
+
+    def killed(*given, timed=speculate.timed):
+        if given[-1] == 2:
+            raise KeyboardInterrupt
+        return timed(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(speculate, "timed", killed)
+        assert script(folders, *flags).returncode == 130
+    assert out.read_bytes() == earlier
+    part = json.loads((tmp_path / "bench.json.part").read_text())
+    assert [row["prompts"] for row in part["rows"]] == [2, 2]
+    assert script(folders, *flags).returncode == 0
+    assert not (tmp_path / "bench.json.part").exists()
+
+
+def test_a_folder_for_json_is_refused_at_the_door(folders, tmp_path):
+    assert_refused(script(folders, "--bench", tmp_path / "none", "--json", tmp_path),
+                   f"{tmp_path} is a folder")
+
+
+def test_the_largest_seed_times_prompts(folders, tmp_path):
+    files.write_jsonl(tmp_path / "prompts.jsonl", [{"task": "a", "prompt": "count"}] * 2)
+    process = script(folders, "--bench", tmp_path / "prompts.jsonl", "--max-new-tokens", 2,
+                     "--seed", 9 * 10 ** 18)
+    assert process.returncode == 0, process.stderr
 
 
 def test_a_gamma_given_twice_counts_once_and_the_block_rule_has_no_acceptance_rate(folders,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -382,13 +383,76 @@ def test_resume_refuses_settings_that_would_change_the_result(
     assert "learning_rate was 0.001, now 0.002" in refused("--resume", "--learning-rate", "0.002")
     assert "hidden_size was 48, now 128" in refused("--resume", "--model", "tiny-target")
     other = write_data(tmp_path / "other", tokenizer_folder, np.arange(60, 160))
-    assert "train.bin was 4000 tokens" in refused("--resume", data=other)
+    assert "data was " in refused("--resume", data=other)
+    assert "accumulate was 1, now 2" in refused("--resume", "--accumulate", "2")
     run("--resume", "--save-every", "3", "--eval-every", "100")  # these decide nothing
     (tmp_path / "out" / "training.pt").write_bytes(b"half")
     assert "not a readable checkpoint" in refused("--resume")
 
 
+def test_a_start_of_the_same_name_and_other_content_is_another_start(
+        run, refused, tmp_path, tokenizer_folder):
+    """--init and --embed-from are what their files hold, wherever they lie."""
+    size = tokenizers.load(tokenizer_folder).vocab_size
+
+    def write(seed):
+        torch.manual_seed(seed)
+        save(Llama(Config(vocab_size=size, num_hidden_layers=1, **SHAPE | {"hidden_size": 48})),
+             tmp_path / "start")
+
+    for name, model in (("init", ()), ("embed_from", ("--model", "tiny-drafter"))):
+        flags = {"start": (*model, f"--{name.replace('_', '-')}", str(tmp_path / "start")),
+                 "out": tmp_path / name}
+        write(1)
+        run(**flags)
+        write(2)
+        assert f"({name} was content " in refused("--resume", **flags)
+        write(1)
+        moved = (tmp_path / "start").rename(tmp_path / f"moved-{name}")
+        run("--resume", **flags | {"start": (*model, flags["start"][-2], str(moved))})
+
+
+def test_text_to_evaluate_on_is_a_part_of_what_is_trained_on(run, refused, tmp_path, random_data):
+    data = shutil.copytree(random_data, tmp_path / "data")
+    run(data=data)
+    with open(data / "eval.bin", "r+b") as file:
+        file.write(b"\x01\x00")
+    assert "(data was " in refused("--resume", data=data)
+
+
+def test_other_conversations_or_another_template_are_refused(
+        chat_folder, sentencepiece_folder, tmp_path):
+    chat = shutil.copy(chat_folder, tmp_path / "chat.jsonl")
+    tok = shutil.copytree(sentencepiece_folder, tmp_path / "tok")
+    tune(chat, tok, tmp_path / "out")
+    rows = files.read_jsonl(chat)
+    files.write_jsonl(chat, [rows[0] | {"response": "another"}, *rows[1:]])
+    with pytest.raises(ValueError, match="chat was "):
+        tune(chat, tok, tmp_path / "out", "--resume")
+    files.write_jsonl(chat, rows)
+    config = json.loads((tok / "tokenizer_config.json").read_text())
+    config["chat_template"] += "<|end|>"
+    (tok / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="chat was "):
+        tune(chat, tok, tmp_path / "out", "--resume")
+
+
+def test_the_largest_seed_orders_batches():
+    examples = [train.Example([1, 2], 1)] * 5
+    assert len(train.batch_at(examples, 2, 9 * 10 ** 18, 7)) in (1, 2)
+
+
 # ---- Bad input ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("flags", [(), ("--resume",)])
+def test_a_model_that_no_training_made_is_left_alone(refused, tmp_path, name, flags):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("precious")
+    assert f"{out} holds a model without training.pt" in refused(*flags)
+    assert [(path.name, path.read_text()) for path in out.iterdir()] == [(name, "precious")]
+
 
 def test_an_existing_model_is_not_overwritten(run, refused, tmp_path):
     rows = run()
