@@ -6,13 +6,16 @@ r"""Stages 2 and 3: let the target write the distillation data, then align the d
                                --data out/records.jsonl --loss tvd++ --pretrain-data out/pretrain \
                                --out out/drafter
 
-Why the target writes its own data: the drafter must predict what *this* model says after chat
-tuning, and the data it was tuned on is rarely public. Its own answers are free, and they are
-exactly the texts that the drafter will have to guess (Goel et al., 2024, arXiv 2403.00858).
+Stage 1 (train.py) pretrained the drafter. Stage 3 stands first here, because it is the method.
 
-p is the target's distribution of the next token, q the drafter's, V the vocabulary's size, D a
-model's width; alpha = sum min(p, q) is the acceptance rate, tau the tokens that one pass of the
-target gives when decoding speculatively.
+Why the target writes its own data: the drafter must predict what *this* model says after chat
+tuning, and the data it was tuned on is rarely public. Its own answers cost only time, and they are
+the kind of text that the drafter will have to guess (Goel et al., 2024, arXiv 2403.00858).
+
+p is the target's distribution of the next token, q the drafter's. Shapes: B rows of T tokens, N
+answer positions among them (n in a chunk), V tokens in the vocabulary (K of them chosen), D a
+model's width. alpha = sum min(p, q) is the acceptance rate, tau the number of new tokens per pass
+of the target when decoding speculatively.
 """
 
 import argparse
@@ -42,7 +45,8 @@ def distillation_loss(draft, target, tokens, answer, loss):
     """The method: at each position of the target's answer, how far is q from p? A scalar.
 
     tokens (B, T) int64; answer (B, T) bool, True where the next token is the answer's; loss a
-    function of losses.LOSSES. Prompts are read, not learnt: nobody guesses them.
+    function of losses.LOSSES. Prompts are read, not learnt: nobody guesses them. This is the plain
+    form; training takes the next function, and a test holds the two equal.
     """
     draft_logits = draft(tokens)[answer]                                                 # (N, V)
     with torch.no_grad():
@@ -53,13 +57,14 @@ def distillation_loss(draft, target, tokens, answer, loss):
 def distillation_backward(draft, target, states, batch, loss, scale=1.0, chunk=256, generator=None):
     """Add the gradient of scale * distillation_loss to the drafter; returns (loss, alpha).
 
-    The same numbers with logits for `chunk` positions at a time (train.backward_in_chunks), and
-    with the target's hidden states from `states`. alpha: the mean of sum min(p, q), the acceptance
-    rate before this step.
+    The same numbers, but with logits for `chunk` positions at a time (train.backward_in_chunks),
+    and with the target's hidden states from `states`. alpha: the mean of sum min(p, q), the
+    acceptance rate before this step.
 
-    With a draft vocabulary both distributions are taken over it alone, and over an eighth as many
-    other tokens, drawn anew: without them nothing would keep the other logits small, and the whole
-    head, which other programs use, would propose tokens that were never trained.
+    With a draft vocabulary both distributions are taken over its tokens, and over a sample of other
+    tokens, an eighth as many, drawn anew at each step. The rows of the head that belong to these
+    others do not change (see align); but the hidden states learn to keep their logits low. Other
+    programs use the whole head: there a token that was never trained could win otherwise.
     """
     tokens, answer = train.collate(batch, draft.embed_tokens.weight.device)
     hidden, target_states = draft.hidden(tokens)[answer], states.read(batch)             # (N, D)
@@ -73,6 +78,7 @@ def distillation_backward(draft, target, states, batch, loss, scale=1.0, chunk=2
     def logits(rows):
         return F.linear(hidden[rows], head), F.linear(target_states[rows], target_head)
 
+    # What a loss must know of all positions before it is given some: tvd++ the mean reward.
     options = losses.step_options(loss, len(hidden), chunk, logits)
     alphas = []
 
@@ -110,19 +116,22 @@ def align(draft, target, states, training, held_out, pretraining, tok, args):
     if args.draft_vocabulary:
         draft.draft_vocabulary = draft_vocabulary(training, args.draft_vocabulary, tok).to(device)
     settings = deciding(args, draft, states, training + held_out)
-    # What a baseline of the sampled losses remembers of earlier steps is a part of the checkpoint.
+    # losses.choose gives the sampled losses as functools.partial. A running mean as their baseline
+    # has a state, which is a part of the checkpoint.
     baseline = getattr(loss, "keywords", {}).get("baseline")
     memory = vars(baseline) if isinstance(baseline, losses.RunningMean) else {}
     autocast = torch.autocast(device.type, states.dtype, enabled=states.dtype != torch.float32)
     run = train.Run(args, draft, settings, "positions", "held_out_alpha",
                     lambda: acceptance(draft, target, states, held_out), generator, memory)
     train.copy_tokenizer(args.draft, args.out)
-    # The paper mixes 9 : 1. With the default batch of 9 that is one window of text a step.
+    # The loss is (1 - share) * distillation + share * plain text, and rows are in the same ratio.
+    # The paper mixes 9 : 1. With the default batch of 9 that is one window of text per step.
     share = args.pretrain_fraction if pretraining is not None else 0.0
     windows = max(1, round(args.batch_size * share / (1 - share))) if share else 0
-    # Of tokens outside the draft vocabulary the head's rows stay as they are (with a tied head also
-    # what is read of them): they come up too seldom to be learnt, Adam would take large steps on
-    # them all the same, and decay would wear them away.
+    # The head's rows of tokens outside the draft vocabulary stay as they are. (Where the head is
+    # the embedding, too, so do these tokens' embeddings.) They are drawn too seldom to be learnt.
+    # But Adam divides a gradient by its usual size, so even a small and rare one makes a full step,
+    # and weight decay shrinks a row without any gradient: hence the rows are written back.
     fixed = never_proposed(draft).to(device)
     kept = draft.head_weight().detach()[fixed]
 
@@ -142,15 +151,16 @@ def align(draft, target, states, training, held_out, pretraining, tok, args):
 
 
 def deciding(args, draft, states, examples):
-    """All that a fine-tuning's result depends on, as a dict: --resume refuses another, and compare
-    trains anew."""
+    """All that a fine-tuning's result depends on, as a dict. If it is not the same, --resume
+    refuses to go on, and compare trains again."""
     names = (*train.DECIDING, "loss", "samples", "baseline", "draft_vocabulary",
              "pretrain_fraction", "pretrain_context")
-    text = args.pretrain_data and args.pretrain_fraction and args.pretrain_data / "train.bin"
+    text = [args.pretrain_data / "train.bin"] if args.pretrain_data else []
     return {name: getattr(args, name) for name in names} | dataclasses.asdict(draft.config) | {
-        "target": states.folder.name, "start": files.fingerprint(args.draft),
+        "target": states.folder.name,                  # its weights, its config.json, and the dtype
+        "start": files.fingerprint(args.draft), "text": files.fingerprint(*text),
         "records": files.fingerprint([dataclasses.astuple(e) for e in examples]),
-        "loss's file": losses.file_of(args.loss), "text": text and files.fingerprint(text)}
+        "loss's file": losses.file_of(args.loss)}
 
 
 def load_pair(args):
@@ -195,7 +205,7 @@ def finetune(args):
 
 def draft_vocabulary(examples, size, tok):
     """(K,) ids that the drafter may propose: always the end tokens and every byte, so that no text
-    is beyond it, then those that the target's answers use most, `size` in all."""
+    is impossible, then those that the target's answers use most, `size` in all."""
     counts = np.zeros(tok.vocab_size, dtype=np.int64)
     for e in examples:
         np.add.at(counts, e.tokens[e.first:], 1)
@@ -218,9 +228,9 @@ class TargetStates:
     """The target's last hidden states at the answers' positions, computed when first asked for.
 
     p = softmax(head(state)), so a state of 576 half-precision numbers stands for a distribution
-    over 49,152: after the first pass over the data the target costs only its head. Kept under the
-    cache folder, a file a record, named after the record, in a folder named after all else that
-    decides them: the target's weights, its config.json, and the dtype.
+    over 49,152: after the first pass over the data the target costs only its head. Kept in the
+    cache folder, one file per record, named after the record's tokens, in a folder named after all
+    else that decides them: the target's weights, its config.json, and the dtype.
     """
 
     def __init__(self, target, folder, dtype):
@@ -256,12 +266,12 @@ def generate_batch(target, prompts, temperatures, top_p, max_new_tokens, stop_id
     """Sample one answer to each prompt, all together; yields (row, response_ids, ended, states) as
     answers end.
 
-    prompts: lists of ids. temperatures: one a prompt. ended: whether a stop token came (it is not
+    prompts: lists of ids. temperatures: one each. ended: whether a stop token came (it is not
     in response_ids) before max_new_tokens. states (N, D), half precision: the last hidden states
     that the answer's tokens, and the stop token, were drawn from.
     """
     device, dtype = target.embed_tokens.weight.device, target.embed_tokens.weight.dtype
-    rows, answers = list(range(len(prompts))), [[] for _ in prompts]
+    answers, rows = [[] for _ in prompts], list(range(len(prompts)))    # the prompt of each row
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     width = int(lengths.max())
     # Padded on the left, so that all rows write their next token into the same column.
@@ -284,11 +294,12 @@ def generate_batch(target, prompts, temperatures, top_p, max_new_tokens, stop_id
             if ended or step == max_new_tokens - 1:
                 yield rows[i], answers[rows[i]], ended, states[i, :step + 1]
                 rows[i] = None
-        if rows.count(None) >= len(rows) / 8:    # they leave some at a time: it copies the cache
-            keep = [i for i, row in enumerate(rows) if row is not None]
-            if not keep:
+        # Rows that have ended leave, an eighth or more at a time, since this copies the cache.
+        if rows.count(None) >= len(rows) / 8:
+            going_on = [i for i, row in enumerate(rows) if row is not None]
+            if not going_on:
                 return
-            rows, keep = [rows[i] for i in keep], torch.tensor(keep, device=device)
+            rows, keep = [rows[i] for i in going_on], torch.tensor(going_on, device=device)
             tokens, temperatures, states = tokens[keep], temperatures[keep], states[keep]
             cache.keep(keep)
 
@@ -308,9 +319,8 @@ def answer_prompts(target, prompts, temperatures, top_p, max_new_tokens, stop_id
 
 def write_records(target, tok, prompts, out, seed, temperatures=(0, 0.3, 0.7, 1.0), per_prompt=1,
                   top_p=0.95, max_new_tokens=256, batch_size=64, stop_ids=(), states=None):
-    """Append a record a line to `out` for each answer that it lacks; temperatures are dealt in
-    turn, so that each has its share of every kind of prompt. states: a TargetStates that keeps
-    what the answers were drawn from."""
+    """Append a record, one line, to `out` for each answer that it lacks. The temperatures are taken
+    in turn. states: a TargetStates, which keeps what the answers were drawn from."""
     items, limit = [], target.config.max_position_embeddings
     for number, prompt in enumerate(prompts):
         ids = tok.chat_prompt(prompt["messages"]) if prompt["messages"] else [tok.document_id]
@@ -355,14 +365,16 @@ def self_instruct(target, tok, count, out, args):
 
     A chat model answers its own template: given the start of a user's turn it writes what a user
     would ask, and ends the turn (the idea of Magpie, Xu et al., 2024, arXiv 2406.08464). Dropped
-    and counted: instructions that are empty (under 3 words), repeated (equal but for case and
+    and counted: instructions that are empty (under 3 words), repeated (equal, ignoring case and
     spaces), or do not end within the limit.
     """
     turn = tok.chat_prompt([{"role": "user", "content": ""}], add_generation_prompt=False)
     if tok.eos_id not in turn:
         raise ValueError("this chat template does not end a user's turn with an end token, so the "
                          "model cannot write instructions: give --prompts FILE.jsonl")
-    turn = turn[:len(turn) - 1 - turn[::-1].index(tok.eos_id)]    # up to the empty turn's end
+    # "...<|im_start|>user\n<|im_end|>\n" becomes "...<|im_start|>user\n": cut at the last end
+    # token, since a system's turn before it ends with one, too.
+    turn = turn[:len(turn) - 1 - turn[::-1].index(tok.eos_id)]
     # Left alone it writes mostly "I'm planning..." and "Can you...". First words make it vary.
     openings = [{"task": "open", "opening": ""}]
     openings = itertools.cycle(files.read_openings(args.openings) if args.openings else openings)
@@ -395,23 +407,24 @@ def self_instruct(target, tok, count, out, args):
                     progress.update(len(kept) - begun, f"dropped {dict(dropped)}")
             fruitless = fruitless + 1 if len(kept) == before else 0
             if fruitless == 20:
-                raise ValueError(f"20 batches gave no new instruction (dropped {dict(dropped)}): "
+                raise ValueError(f"20 rounds gave no new instruction (dropped {dict(dropped)}): "
                                  f"raise --instruction-temperature or --max-instruction-tokens")
     print(f"{len(kept)} instructions in {out}; dropped in this run: {dict(dropped)}")
 
 
 def words(text):
-    """What makes two instructions the same: their words, but for case and spaces."""
+    """What makes two instructions the same: their words, ignoring case and spaces."""
     return " ".join(text.lower().split())
 
 
 def generate(args):
-    """Answer prompts, or self-written instructions, or write documents from the bare start."""
+    """Answer prompts, or self-written instructions, or write documents from an empty prompt."""
     instructions = args.out.with_suffix(".instructions.jsonl")
     for path in (args.out, instructions) if args.self_instruct else (args.out,):
         if path.is_file() and not args.resume:
             raise ValueError(f"{path} exists: give --resume to go on with it, or another --out")
-    prompts, stop_ids = files.read_prompts(args.prompts) if args.prompts else None, ()
+    prompts = files.read_prompts(args.prompts) if args.prompts else None
+    stop_ids = ()
     device, dtype = files.set_up(args)
     tok = tokenizer.load(args.target)
     target = model.load(args.target, device, dtype, tok.vocab_size).for_decoding()
@@ -420,7 +433,7 @@ def generate(args):
         self_instruct(target, tok, args.self_instruct, instructions, args)
         prompts = files.read_prompts(instructions)[:args.self_instruct]
     elif args.documents:
-        # Only the token that separates documents; what comes is what the model was pretrained on.
+        # Only the token that separates documents: what comes is like what it was pretrained on.
         prompts = [{"task": "document", "messages": []}] * args.documents
         stop_ids = [tok.document_id]
     states = TargetStates(target, args.target, dtype) if args.keep_states else None
@@ -433,14 +446,15 @@ def generate(args):
 # ---- Compare: which loss is better? ------------------------------------------------------------
 
 def compare(args):
-    """Train one drafter with each loss: same start, same batches in the same order, same steps.
+    """Train one drafter with each loss: same start, same records in the same order, same steps.
     Then measure them in the same way.
 
-    A loss's learning rate is chosen from --learning-rates on the development prompts with the first
-    seed, since losses differ in scale; results are on test prompts, over all seeds. Everything
-    trained is kept and in the JSON; what is there already is not trained again.
+    A loss's learning rate is chosen from --learning-rates with the first seed, since losses differ
+    in scale: on the development prompts of the first task. Results are on test prompts, over all
+    seeds. Everything trained is kept and in the JSON; what is there already is not trained again.
     """
     args.out.mkdir(parents=True, exist_ok=True)
+    args.losses = list(dict.fromkeys(args.losses))
     for name in args.losses:
         losses.choose(name, **options_of(name, args))
     tok, target, draft = load_pair(args)
@@ -448,7 +462,7 @@ def compare(args):
     training, held_out, pretraining = read_training(args, tok)
     answers = {path: read_answers(target, tok, path, args.out / f"{path.stem}-answers.jsonl")
                for path in (args.dev, args.test)}
-    tune_on = next(iter(answers[args.dev].values()))     # the training's task; others are kept out
+    tune_on = next(iter(answers[args.dev].values()))      # the task of the training
     prompts = files.read_prompts(args.test)
 
     def trained(name, rate, seed):
@@ -515,7 +529,8 @@ def read_answers(target, tok, path, out):
 
 
 def mean_tau(target, draft, tok, prompts, gamma, temperature):
-    """Block efficiency of speculative decoding over these prompts, 64 tokens each."""
+    """Block efficiency of speculative decoding over these prompts, 64 tokens each. The first token
+    of a text came from the pass over its prompt, which is not counted."""
     device = target.embed_tokens.weight.device
     generator = torch.Generator(device).manual_seed(0)
     made = [speculate.speculative_generate(
@@ -539,21 +554,21 @@ def make_parser():
     source.add_argument("--self-instruct", type=number, metavar="N",
                         help="the target writes N instructions, then answers them")
     source.add_argument("--documents", type=number, metavar="N",
-                        help="the target writes N documents from its bare start")
+                        help="the target writes N documents from an empty prompt")
     sub.add_argument("--out", type=Path, required=True, help="JSON lines of records, appended to")
     sub.add_argument("--temperatures", type=files.between("[0, inf)"), nargs="+",
-                     default=[0, 0.3, 0.7, 1.0], help="dealt in turn (default: the paper's)")
+                     default=[0, 0.3, 0.7, 1.0], help="taken in turn (default: the paper's)")
     files.add_flags(
         sub, ("top-p", 0.95, "(0, 1]", "share of the mass that is sampled from"),
         ("max-new-tokens", 256, "[1, inf)", "tokens an answer at most"),
-        ("per-prompt", 1, "[1, 1e6]", "answers a prompt"),
+        ("per-prompt", 1, "[1, 1e6]", "answers to each prompt"),
         ("batch-size", 64, "[1, inf)", "rows decoded together"),
         ("instruction-temperature", 0.8, "[0, inf)", "--self-instruct: of the instructions"),
         ("max-instruction-tokens", 160, "[1, inf)", "--self-instruct: longer ones are dropped"))
     sub.add_argument("--openings", type=Path, metavar="FILE", help="--self-instruct: first words, "
-                     'dealt in turn: JSON lines of {"task", "opening"}')
+                     'taken in turn: JSON lines of {"task", "opening"}')
     sub.add_argument("--keep-states", action="store_true", help="keep the target's states for "
-                     "finetune (in the cache folder; 2 bytes a token and width)")
+                     "finetune (in the cache folder; 2 bytes times its width for each token)")
     sub.add_argument("--resume", action="store_true", help="make only what --out lacks")
     files.machine_flags(sub)
 
@@ -605,7 +620,7 @@ def distillation_flags(parser, **defaults):
     files.add_flags(
         parser, ("samples", 1, "[1, inf)", "sampled losses: tokens drawn a position"),
         ("chunk", 256, "[1, inf)", "positions whose logits live at once"),
-        ("pretrain-fraction", 0.1, "[0, 1)", "weight and share of rows of that text"),
+        ("pretrain-fraction", 0.1, "[0, 0.9]", "weight and share of rows of that text"),
         ("pretrain-context", 256, "[2, inf)", "tokens in a window of it"),
         ("eval-records", 32, "[1, inf)", "prompts held out for the acceptance rate"))
     train.training_flags(parser, context=512, **defaults)

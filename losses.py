@@ -8,12 +8,13 @@ accepted with probability min(1, p(x) / q(x)), so
 
     P(accepted) = sum_x q(x) min(1, p(x) / q(x)) = sum_x min(p(x), q(x)) = 1 - TVD(p, q)
 
-What speculative decoding pays for is thus exactly the total variation distance, `tvd`; the others
-are ways there. N is the number of positions, V the vocabulary's size.
+So the chance of a refusal at a position is exactly the total variation distance, `tvd`; the other
+losses are ways there. N is the number of positions, V the vocabulary's size; [condition] is 1 where
+it is true, else 0.
 
 Write your own in six lines: a function of draft logits (N, V) and target logits (N, V), one row a
-position, that returns the loss of each position (N,). Raise both to float, detach the target, enter
-it in LOSSES under a name:
+position, that returns the loss of each position (N,). Convert both to float, detach the target, add
+it to LOSSES under a name:
 
     def hellinger(draft_logits, target_logits):
         q = torch.softmax(draft_logits.float(), -1)
@@ -23,11 +24,11 @@ it in LOSSES under a name:
     LOSSES["hellinger"] = hellinger                    # python distill.py finetune --loss hellinger
 
 or leave this file alone and write it into your own: --loss my_loss.py:hellinger. A loss may also
-take mu= and sigma=, the mean and deviation of the rewards over the optimiser's step (see
-tvd_plus_plus). All functions here return (N,) in fp32; the caller takes the mean. Gradients reach
-the draft logits only.
+take mu=None and sigma=None, the mean and deviation of the rewards over the optimiser's step (see
+tvd_plus_plus). All losses return (N,) in fp32; the caller takes the mean. Gradients reach the draft
+logits only.
 
-    python losses.py            the noise of every sampled estimator: a table, and a picture
+    python losses.py            how noisy the sampled gradients are: a table, and a picture
                                 (out/variance.png)
 """
 
@@ -36,6 +37,7 @@ import functools
 import inspect
 import math
 import sys
+import types
 from pathlib import Path
 
 import torch
@@ -45,8 +47,8 @@ import torch
 def tvd(draft_logits, target_logits):
     """Total variation distance (1/2) sum_x |p - q| = 1 - sum_x min(p, q): P(refused).
 
-    Its gradient is a policy gradient. Only tokens with p > q contribute q to the minimum, so with
-    the reward r(x) = 1 where p(x) > q(x), else 0:
+    Its gradient is a policy gradient: an average over x ~ q of a reward times grad log q(x). Only
+    tokens with p > q contribute q to the minimum, so with the reward r(x) = [p(x) > q(x)]:
 
         grad TVD = -sum_x r(x) grad q(x) = -E_{x~q}[ r(x) grad log q(x) ]
 
@@ -64,13 +66,13 @@ def tvd_plus_plus(draft_logits, target_logits, mu=None, sigma=None):
 
     The exact gradient is -E_{x~q}[A grad log q] = -(1/sigma) E[r grad log q] + (mu/sigma)
     E[grad log q], and the last expectation is 0, for sum_x q grad log q = grad sum_x q = grad 1.
-    So a baseline that does not depend on x changes nothing here: the gradient is that of TVD,
-    divided by sigma. tvd / sigma has exactly this gradient, and a value worth logging (the
-    surrogate's own mean is always 0). What the baseline does reduce is the noise of the sampled
-    form, where the expectation is replaced by a few x ~ q.
+    So mu, a baseline that does not depend on x, changes nothing here: the gradient is that of TVD,
+    divided by sigma. tvd / sigma has exactly this gradient, and a value worth logging (that of
+    -sum_x q A itself is 0 on average, whatever q is). What the baseline does reduce is the noise of
+    the sampled form, where a few x ~ q stand for the expectation.
 
-    The batch is the optimiser's step, however it is cut into pieces (step_options gives both); None
-    takes them from the positions given.
+    The batch is the optimiser's step, however it is cut into pieces: step_options gives mu and
+    sigma. None takes them from the positions given.
     """
     if sigma is None:
         mu, sigma = mean_and_deviation(expected_reward(draft_logits, target_logits))
@@ -83,11 +85,11 @@ def tvd_plus_plus_position(draft_logits, target_logits):
 
     It divides each position's gradient by a number of its own, so positions are weighed anew: those
     where rewards are rare, or nearly sure, count more. Not tvd up to a scale. (A third reading,
-    seen in public code, takes mu and sigma over the vocabulary without the weight q: the gradient
-    of another function.)
+    seen in public code, averages over the vocabulary without the weight q, in mu, sigma and the
+    loss itself: the gradient of another function.)
     """
     mu = expected_reward(draft_logits, target_logits)
-    return tvd(draft_logits, target_logits) / (mu * (1 - mu)).sqrt().clamp(min=1e-3)
+    return tvd(draft_logits, target_logits) / deviation(mu)
 
 
 def probabilities(draft_logits, target_logits):
@@ -106,22 +108,26 @@ def overlap(draft_logits, target_logits):
 def expected_reward(draft_logits, target_logits):
     """E_{x~q}[r(x)] = sum_x q(x) [p(x) > q(x)] at each position, (N,)."""
     q, p = probabilities(draft_logits, target_logits)
-    return (q * (p - q).relu().sign()).sum(-1)
+    return (q * (p > q)).sum(-1)
 
 
-def mean_and_deviation(rewards, floor=1e-3):
-    """mu and sigma of rewards, or of expected rewards, over all their positions: two numbers.
-
-    A reward is 0 or 1, so its variance is mu (1 - mu). sigma is floored: where p = q nearly
-    everywhere no reward is left, and dividing by 0 would make noise of rounding errors.
-    """
+def mean_and_deviation(rewards):
+    """mu and sigma of rewards, or of expected rewards, over all their positions: two numbers."""
     mu = rewards.mean()
-    return mu, (mu * (1 - mu)).sqrt().clamp(min=floor)
+    return mu, deviation(mu)
+
+
+def deviation(mu):
+    """The standard deviation of rewards with mean mu: a reward is 0 or 1, so its variance is
+    mu (1 - mu). It is at least 0.001: where p = q nearly everywhere no reward is left, and a
+    division by 0 would make noise of rounding errors."""
+    return (mu * (1 - mu)).clamp(min=1e-6).sqrt()
 
 
 def implied_tau(alpha, gamma):
-    """The block efficiency that acceptance rate alpha would imply if every token were accepted
-    independently: 1 + alpha + ... + alpha^gamma. Real acceptances come in runs, so measure tau."""
+    """The block efficiency tau, tokens per pass of the target, that an acceptance rate alpha would
+    imply with gamma guesses per block, if each were accepted independently: 1 + alpha + ... +
+    alpha^gamma. Real acceptances come in runs, so measure tau."""
     return sum(alpha ** k for k in range(gamma + 1))
 
 
@@ -170,14 +176,15 @@ def jsd(draft_logits, target_logits):
 def nla(draft_logits, target_logits):
     """-log sum_x min(p, q), the negative log of the acceptance rate (Samarin et al., 2026, arXiv
     2602.23881). Gradient: that of tvd over the acceptance rate, d(-log(1 - TVD)) = d TVD /
-    (1 - TVD), so positions that the drafter still gets wrong weigh more."""
-    return -torch.log((1 - tvd(draft_logits, target_logits)).clamp(min=1e-8))
+    (1 - TVD), so positions that the drafter still gets wrong weigh more (except where the overlap
+    is 0 up to rounding: there it has no gradient)."""
+    return -overlap(draft_logits, target_logits).clamp(min=1e-30).log()
 
 
 def lk(draft_logits, target_logits):
-    """lambda KL(p || q) + (1 - lambda) TVD with lambda = exp(-3 alpha), alpha = sum min(p, q) at
-    that position (Samarin et al., 2026): KL while the drafter is bad, where TVD has little
-    gradient, then TVD. lambda is detached, so the gradient is the same mixture of both gradients.
+    """w KL(p || q) + (1 - w) TVD with the weight w = exp(-3 alpha), alpha = sum min(p, q) at that
+    position (Samarin et al., 2026, who call it lambda): KL while the drafter is bad, where TVD has
+    little gradient, then TVD. w is detached, so the gradient is the same mixture of both gradients.
     Some implementations average alpha over the batch; here each position has its own."""
     distance = tvd(draft_logits, target_logits)
     weight = torch.exp(-3 * (1 - distance.detach()))
@@ -186,10 +193,12 @@ def lk(draft_logits, target_logits):
 
 # ---- The sampled form: REINFORCE, and what a baseline does for it ------------------------------
 
-# The exact gradient sums over the whole vocabulary. Policy-gradient methods (Williams, 1992)
-# cannot: they draw a few x ~ q and average (r(x) - b) s(x), with the score s(x) = grad log q(x).
-# Its mean is the exact gradient for every b that does not depend on x, since E_q[s] = 0; its noise
-# depends on b very much. A baseline is a function
+# The exact gradient sums over the whole vocabulary, which is possible here. Policy gradients
+# (Williams, 1992) were made for cases where it is not: draw K tokens x ~ q at each position, and
+# average (r(x) - b) s(x), with the score s(x) = grad log q(x). The mean of this is the exact
+# gradient for every baseline b that does not depend on x, since E_q[s] = 0; its noise depends on b
+# very much. The paper describes TVD++ so; this section shows what b is worth. A baseline is a
+# function
 #
 #     baseline(rewards, p, q, mu) -> b, to be taken off the rewards (it must broadcast to them)
 #
@@ -197,7 +206,7 @@ def lk(draft_logits, target_logits):
 # batch. Write your own and enter it in BASELINES.
 
 def no_baseline(rewards, p, q, mu):
-    """b = 0. Unbiased. Every sampled token with a reward is pushed up, and none is pushed down."""
+    """b = 0. Unbiased. A sampled token with a reward is pushed up; one without is left alone."""
     return 0.0
 
 
@@ -205,9 +214,9 @@ def batch_mean(rewards, p, q, mu):
     """The mean reward of the whole batch, M = N K samples: the paper's mu. Assumes that all
     positions are similar.
 
-    Biased, because each sample sits in its own mean: own term r s / M, all others independent of s.
-    So the mean is the exact gradient times 1 - 1/M: only a matter of scale, and small in a large
-    batch.
+    Biased, because mu contains the sample's own reward, divided by M. The other rewards do not
+    depend on this sample and E[s] = 0, so E[(r - mu) s] = E[r s] - E[r s] / M: the exact gradient
+    times 1 - 1/M. Only a matter of scale, and small in a large batch.
     """
     return mu
 
@@ -225,7 +234,7 @@ def leave_one_out(rewards, p, q, mu):
     Unbiased: it never sees its own sample, and positions need not be similar. K >= 2."""
     K = rewards.shape[-1]
     if K < 2:
-        raise ValueError("baseline leave-one-out needs at least 2 samples a position")
+        raise ValueError("leave-one-out needs at least 2 samples a position: --samples 2")
     return (rewards.sum(-1, keepdim=True) - rewards) / (K - 1)
 
 
@@ -249,8 +258,10 @@ def least_variance(rewards, p, q, mu):
     """The constant that minimises the variance at each position, E_q[r |s|^2] / E_q[|s|^2].
     Unbiased.
 
-    d/db E|(r - b) s|^2 = 0 gives it. In the draft logits s(x) = e_x - q, so |s(x)|^2 = 1 - 2 q(x) +
-    sum q^2: rare tokens have long scores and count more than in the expected reward.
+    The mean of (r - b) s does not depend on b, so the variance is smallest where E|(r - b) s|^2 is:
+    set its derivative in b to 0. In the draft logits s(x) = e_x - q, where e_x is 1 at x and 0
+    elsewhere, so |s(x)|^2 = (1 - q(x))^2 + the other q^2 = 1 - 2 q(x) + sum q^2. Rare tokens have
+    long scores and count more than in the expected reward.
     """
     weight = q * (1 - 2 * q + q.pow(2).sum(-1, keepdim=True))
     rewarded = torch.where(p > q, weight, 0.0).sum(-1, keepdim=True)
@@ -288,11 +299,11 @@ def tvd_sampled(draft_logits, target_logits, samples=1, baseline="none", whiten=
     """TVD by policy gradient: x ~ q drawn afresh at each position (never the answer's own token,
     which came from p).
 
-    baseline: a name in BASELINES, or a function. whiten: divide by the standard deviation of the
-    batch's rewards, floored. That is biased: rewards and their deviation come from the same
-    samples, so the division is by a number that knows the sample (measured in
-    tests/test_losses.py). The gradient is -(1/K) sum_k (r(x_k) - b) / sigma  grad log q(x_k). The
-    value is an estimate of TVD, for the log. coins (N, K), mu, sigma: see step_options.
+    baseline: a name in BASELINES, or a function. whiten: divide by sigma, the standard deviation of
+    the batch's rewards. That is biased: rewards and their deviation come from the same samples, so
+    the division is by a number that knows the sample (measured in tests/test_losses.py). The
+    gradient is -(1/K) sum_k (r(x_k) - b) grad log q(x_k), over sigma if whiten. The value is an
+    estimate of TVD, for the log. coins (N, K), mu, sigma: see step_options.
     """
     coins = toss(len(draft_logits), samples, generator) if coins is None else coins
     x, rewards, q, p = sampled_rewards(draft_logits, target_logits, coins)
@@ -320,7 +331,7 @@ LOSSES = {"kld": kld, "rkld": rkld, "jsd": jsd, "tvd": tvd, "tvd++": tvd_plus_pl
 # ---- One batch, cut into pieces ----------------------------------------------------------------
 
 def begin_step(rewards, baseline=None):
-    """mu and sigma of one optimiser step from all its rewards; a baseline with a memory is told."""
+    """mu and sigma of one optimiser step from all its rewards; a RunningMean takes mu in."""
     mu, sigma = mean_and_deviation(rewards)
     if isinstance(baseline, RunningMean):
         baseline.begin_step(mu)
@@ -329,16 +340,19 @@ def begin_step(rewards, baseline=None):
 
 @torch.no_grad()
 def step_options(loss, count, chunk, logits):
-    """What `loss` must know of its whole batch to be given it in pieces: keyword options (a dict)
-    for each `chunk` of the `count` positions.
+    """Keyword options (a dict) with which `loss` is to be called on each `chunk` of the `count`
+    positions, so that the sum is that of one call on all of them.
 
-    logits(rows) -> draft and target logits (n, V) of a slice of positions. A loss that takes mu= or
-    sigma= gets that of the rewards over all positions, for which these are gone through once. One
-    that takes coins= too gets its rewards sampled, with coins tossed once for all. Other losses get
-    nothing.
+    The logits (N, V) of a whole step do not fit into memory at once, but mu and sigma need all
+    positions. So the pieces are gone through once here, for their rewards alone, and then once more
+    by the caller. logits(rows) -> draft and target logits (n, V) of a slice of positions. A loss
+    that takes mu= or sigma= gets what it takes. A sampled one (it takes coins=, samples=, baseline=
+    and generator=) also gets its coins, so that it draws the same tokens both times. Other losses
+    get nothing.
     """
     pieces = [slice(at, min(at + chunk, count)) for at in range(0, count, chunk)]
-    takes, options, baseline = inspect.signature(loss).parameters, [{} for _ in pieces], None
+    options, baseline = [{} for _ in pieces], None
+    takes = inspect.signature(loss).parameters
     if "mu" not in takes and "sigma" not in takes:
         return options
     if "coins" in takes:
@@ -349,8 +363,8 @@ def step_options(loss, count, chunk, logits):
         rewards = [sampled_rewards(*logits(rows), coins[rows])[1] for rows in pieces]
     else:
         rewards = [expected_reward(*logits(rows)) for rows in pieces]
-    found = zip(("mu", "sigma"), begin_step(torch.cat(rewards), baseline))
-    found = {name: value for name, value in found if name in takes}
+    mu, sigma = begin_step(torch.cat(rewards), baseline)
+    found = {name: x for name, x in (("mu", mu), ("sigma", sigma)) if name in takes}
     return [known | found for known in options]
 
 
@@ -382,8 +396,8 @@ def choose(name, samples=1, baseline=None, generator=None):
 
 
 def file_of(name):
-    """The content of a student's file, FILE.py:FUNCTION; "" for a loss in LOSSES. What was trained
-    with another content was trained with another loss."""
+    """The text of a student's file, FILE.py:FUNCTION; "" for a loss in LOSSES. If the text changes,
+    the loss is another one, and what was trained with it is out of date."""
     return Path(name.rsplit(":", 1)[0]).read_text(encoding="utf-8") if ":" in name else ""
 
 
@@ -391,20 +405,21 @@ def load_function(path, name):
     """The function `name` of a Python file. ValueError if it is not there or its file fails."""
     if not path.is_file():
         raise ValueError(f"--loss {path}:{name}: {path} is no file; give FILE.py:FUNCTION")
-    found = {"__name__": path.stem, "__file__": str(path)}
+    module = types.ModuleType(path.stem)
+    sys.modules[path.stem], module.__file__ = module, str(path)      # dataclasses look for it there
     try:
         # Compiled from its text: Python's cache of modules misses an edit within the same second.
-        exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), found)
-    except Exception as error:
+        exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), vars(module))
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{path}: fails when read ({type(error).__name__}: {error})") from None
-    if not callable(found.get(name)):
+    if not callable(getattr(module, name, None)):
         raise ValueError(f"{path}: defines no function {name}")
-    return found[name]
+    return getattr(module, name)
 
 
 def check(function, name):
-    """function, after a try on 64 positions of seven tokens. ValueError in one sentence for what
-    training would choke on."""
+    """function, after a try on 64 positions and a vocabulary of 7. ValueError in one sentence for
+    what training would choke on."""
     generator = torch.Generator().manual_seed(0)
     draft, target = (torch.randn(64, 7, generator=generator).requires_grad_() for _ in range(2))
 
@@ -414,7 +429,7 @@ def check(function, name):
 
     try:
         loss = function(draft, target)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{name}: fails on draft and target logits (64, 7): "
                          f"{type(error).__name__}: {error}") from None
     shape = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
@@ -423,7 +438,7 @@ def check(function, name):
     require(loss.requires_grad, "the loss has no gradient: detach() or no_grad cut it off")
     loss.sum().backward()
     require(draft.grad is not None and draft.grad.isfinite().all() and draft.grad.any(),
-            "no finite gradient in draft_logits: check detach() and square roots at 0")
+            "the gradient is missing, zero or not finite: see detach() and square roots at 0")
     require(target.grad is None or not target.grad.any(),
             "a gradient reaches target_logits: use target_logits.detach()")
     return function
@@ -466,12 +481,13 @@ def measured_noise(p, q, samples, baseline, whiten, repeats=400, seed=0):
     draft, target, g = q.log().float().requires_grad_(), p.log().float(), []
     for _ in range(repeats):
         loss = tvd_sampled(draft, target, samples, baseline, whiten, generator)
-        g.append(-torch.autograd.grad(loss.sum(), draft)[0].double())
-    g = torch.stack(g)                                                   # (R, N, V)
+        g.append(torch.autograd.grad(loss.sum(), draft)[0].double())
+    g = torch.stack(g)                                                   # (repeats, N, V)
     variance = g.var(0).sum()
-    # The mean of R noisy gradients is longer than their expectation, by variance / R on average.
-    length = g.mean(0).pow(2).sum() - variance / repeats
-    return (variance / length).item(), (variance / len(p)).item()
+    # The squared length of the mean of noisy gradients is too large, by variance / repeats on
+    # average: E|mean|^2 = |Eg|^2 + variance / repeats.
+    squared_mean = g.mean(0).pow(2).sum() - variance / repeats
+    return (variance / squared_mean).item(), (variance / len(p)).item()
 
 
 def main():
@@ -483,7 +499,9 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("out/variance.png"))
     args = parser.parse_args()
     if not all(0.05 <= level < 1 for level in args.levels):
-        sys.exit(f"error: --levels {args.levels}: expected overlaps of at least 0.05 and below 1")
+        parser.error(f"--levels {args.levels}: expected overlaps of at least 0.05 and below 1")
+    if args.out.is_dir():
+        parser.error(f"--out {args.out} is a folder: give the name of a picture")
     torch.set_num_threads(1)                      # small tensors: a second thread only waits
     table = {}                                    # (label, level) -> noise of 1, 4 and 16 samples
     for level in args.levels:
@@ -493,7 +511,7 @@ def main():
         print(f"\noverlap {level}: mu = E_q[r] = {mu:.3f} (from {expected.min():.3f} to "
               f"{expected.max():.3f}); 32 positions, 64 tokens\n{'estimator':34} noise: 1 sample"
               f"   4 samples  16 samples   variance: 1 sample   4 samples  16 samples")
-        # One sample is enumerated; the batch's mean is taken as its expectation there.
+        # One sample is enumerated, with the batch's mean at its expectation; nan: not defined.
         for label, baseline, constant, whiten in (
                 ("none", "none", 0.0, False), ("batch mean", "batch", mu, False),
                 ("batch mean, over deviation (tvd++)", "batch", mu, True),

@@ -1,12 +1,13 @@
 """A Llama-style decoder, its key-value cache, and how a model is read from and written to disk.
 
-The same few lines are the target (SmolLM2-135M-Instruct, TinyLlama, Llama 2...) and the drafter;
-only Config differs. Tokens go in, logits come out:
+In speculative decoding a small model, the drafter, guesses a few tokens, and the large one, the
+target (SmolLM2-135M-Instruct, TinyLlama, Llama 2...), checks them all in one pass. The same few
+lines are both; only Config and weights differ. Tokens go in, logits come out:
 
-    tokens (B, T) -> embedding (B, T, D) -> N x Block -> norm -> head -> logits (B, T, V)
+    tokens (B, T) -> embedding (B, T, D) -> several Blocks -> norm -> head -> logits (B, T, V)
 
 B is the number of rows in the batch, T of tokens in a row, D the width, V the vocabulary's size.
-Nothing to run here; train.py, distill.py and speculate.py import it. A first look from a prompt:
+The other scripts import this one; by itself it does nothing. A first look from Python:
 
     import torch, model
     llama = model.load("models/smollm2-135m-instruct")
@@ -18,6 +19,7 @@ Source of the architecture: Llama 2 (Touvron et al., 2023, arXiv 2307.09288), se
 """
 
 import json
+import math
 import platform
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -34,7 +36,11 @@ from data import files
 
 class Block(nn.Module):
     """One layer: attention, then MLP. Each reads a normalised copy of the residual stream x
-    (B, T, D) and adds to it."""
+    (B, T, D), the vector of each token that every layer adds to, and adds to it.
+
+    rotary: (cos, sin) of rotary_tables. mask: 0 or -inf, added to the scores (Llama.hidden makes
+    both). cache: a KVCache, or None. layer: this one's number in it.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -49,7 +55,8 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Each token looks at the tokens before it: softmax(q k^T / sqrt(d)) v, in several heads.
+    """Each token looks at itself and the tokens before it: softmax(q k^T / sqrt(d)) v, in several
+    heads.
 
     Grouped-query attention: `group` query heads share each key-value head. The three projections
     are one matrix, qkv_proj: its rows are the queries', then the keys', then the values'.
@@ -71,10 +78,13 @@ class Attention(nn.Module):
         k, v = k.transpose(1, 2), v.transpose(1, 2)                               # (B, kv, T, d)
         if cache is not None:
             k, v = cache.append(layer, k, v)                               # (B, kv, past + T, d)
-        # A group's queries are more rows in front of the key head that they share. Repeating keys
-        # and values for each query head instead would copy the whole cache at every step.
+        # The query heads that share a key head become further rows of one matrix: row t * group + g
+        # is token t in query head g. So one product serves them all; to repeat keys and values for
+        # each query head would copy the whole cache at every step.
         q = q.reshape(B, T, kv, group * d).transpose(1, 2).reshape(B * kv, T * group, d)
         k, v = k.flatten(0, 1), v.flatten(0, 1)                           # (B * kv, past + T, d)
+        # mask + q k^T / sqrt(d), (B * kv, T * group, past + T). scaled_dot_product_attention is the
+        # same, no faster in fp32 on a CPU, and hides what happens.
         scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=d ** -0.5)
         weights = torch.softmax(scores, -1, dtype=torch.float32).to(v.dtype)
         y = torch.bmm(weights, v).view(B, kv, T, group * d)
@@ -111,7 +121,7 @@ def rotary_tables(config, positions):
     """cos and sin, (B, T, 1, head_dim), of every pair's angle at these positions (B, T).
 
     Pair i turns by position * theta^(-2i / head_dim). In fp32: at position 8,000 bf16 could not
-    even tell neighbours apart. The first half of sin is negative: see rotate.
+    even tell neighbours apart. The first half of sin has a minus: see rotate.
     """
     even = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
     angle = positions.float()[..., None, None] / config.rope_theta ** (even / config.head_dim)
@@ -122,8 +132,8 @@ def rotary_tables(config, positions):
 def rotate(x, cos, sin):
     """Turn each pair of x (B, T, heads, d) by its angle. Pair i is (x[i], x[i + d / 2]).
 
-    (a, b) -> (a cos - b sin, b cos + a sin); rolling by half puts each b where its a is, and the
-    reverse.
+    (a, b) -> (a cos - b sin, b cos + a sin). To roll by half swaps a and b, so this is
+    (a, b) * cos + (b, a) * (-sin, sin).
     """
     y = x.float()
     return torch.addcmul(y * cos, y.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
@@ -131,7 +141,7 @@ def rotate(x, cos, sin):
 
 @dataclass
 class Config:
-    """The keys of Hugging Face's LlamaConfig that decide the shape and the arithmetic."""
+    """The keys of Hugging Face's LlamaConfig that matter: shape, arithmetic, special tokens."""
 
     vocab_size: int = 32000                  # V
     hidden_size: int = 256                   # D, the width of the residual stream
@@ -160,7 +170,7 @@ class Config:
 
 
 class Llama(nn.Module):
-    """The decoder: embedding, layers, norm, head."""
+    """The decoder: embedding, layers, norm, and the output head, which gives the logits."""
 
     def __init__(self, config):
         super().__init__()
@@ -173,9 +183,10 @@ class Llama(nn.Module):
         self.draft_vocabulary = None          # (K,) ids that a drafter may propose, or None: all
         self.decoding_head, self.packed_count = None, 0           # set by for_decoding alone
         for name, weight in self.named_parameters():
-            if weight.dim() == 2 and not weight.is_meta:
-                # GPT-2's start: deviation 0.02, and what adds to the residual stream smaller by
-                # the root of the number of additions: so depth does not change the stream's size.
+            if weight.dim() == 2 and not weight.is_meta:     # meta: a shape alone, that load fills
+                # GPT-2's start: standard deviation 0.02. Matrices whose results are added to the
+                # residual stream start smaller, by the root of the number of additions: after all
+                # of them the stream then has about the same size, whatever the depth.
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 depth = 2 * config.num_hidden_layers
                 nn.init.normal_(weight, std=0.02 / depth ** 0.5 if residual else 0.02)
@@ -200,8 +211,13 @@ class Llama(nn.Module):
         return self.norm(x)
 
     def positions_and_mask(self, tokens, cache):
-        """Positions (B, T) of the tokens, and what is added to their scores: 0 where they may
-        look, -inf elsewhere; (1 or B * kv heads, T * group or 1, past + T), as attention has them.
+        """Positions of the tokens, (B, T), and the mask that is added to their scores: 0 where they
+        may look, -inf elsewhere, (B * kv heads, T * group, past + T). Without padding all rows are
+        the same, and the first dimension of both is 1.
+
+            may look       key 0  1  2        (two tokens after one in the cache)
+            token 1            x  x
+            token 2            x  x  x
         """
         B, T = tokens.shape
         past, start = (cache.length, cache.start) if cache is not None else (0, None)
@@ -210,27 +226,27 @@ class Llama(nn.Module):
                              f"columns: shorten the prompt or the answer")
         config, device, dtype = self.config, tokens.device, self.norm.weight.dtype
         columns = torch.arange(past, past + T, device=device)
-        if T == 1 and start is None:
+        if T == 1 and start is None:                  # a single new token may look at everything
             return columns[None], torch.zeros(1, 1, past + 1, device=device, dtype=dtype)
         keys = torch.arange(past + T, device=device)
         positions, visible = columns[None], (keys <= columns[:, None])[None]     # causal
         if start is not None:
-            positions = (columns - start[:, None]).clamp(min=0)
+            positions = (columns - start[:, None]).clamp(min=0)       # of padding: any would do
             # A padding column may see itself, only so that its softmax is not 0 / 0.
             itself = keys == columns[:, None]
             visible = visible & ((keys >= start[:, None, None]) | itself)         # (B, T, past + T)
-            visible = visible.repeat_interleave(config.num_key_value_heads, 0)
+            visible = visible.repeat_interleave(config.num_key_value_heads, 0)    # the same for all
         mask = torch.zeros(visible.shape, device=device, dtype=dtype)
         mask = mask.masked_fill(~visible, float("-inf"))
         group = config.num_attention_heads // config.num_key_value_heads
-        return positions, mask.repeat_interleave(group, 1)
+        return positions, mask.repeat_interleave(group, 1)        # each token is `group` rows of q
 
     def head(self, hidden):
         """hidden (..., D) -> logits (..., V). Take only the positions you need: (B, T, V) is large.
 
-        With a draft vocabulary all other tokens have the logit -inf, so their probability is 0: no
-        harm to losslessness, which allows q = 0, and a head of 8,192 rows instead of 49,152
-        (FR-Spec, arXiv 2502.14856).
+        With a draft vocabulary all other tokens have the logit -inf: the drafter never guesses
+        them. Decoding stays lossless, for the target can still choose them. What is gained: a head
+        of 8,192 rows instead of 49,152 (FR-Spec, arXiv 2502.14856).
         """
         ids = self.draft_vocabulary
         if self.decoding_head is not None:
@@ -264,9 +280,10 @@ class Llama(nn.Module):
 class KVCache:
     """Keys and values of all tokens read so far, preallocated and filled in place.
 
-    Column j holds the j-th token of every row. `length` columns are in use; to forget the last n
-    tokens, write `cache.length -= n`: nothing is copied, later tokens overwrite the columns. Where
-    rows of a batch have prompts of different lengths, they are padded on the left, and `start`
+    Column j holds the j-th token of every row, padding included. `length` columns are in use; to
+    forget the last n tokens, write `cache.length -= n`: nothing is copied, later tokens overwrite
+    the columns. Where rows of a batch have prompts of different lengths, they are padded on the
+    left, and `start`
     (batch,) int64 holds each row's first real column: what lies before it is never looked at, and
     a token's position is its column minus start. None: no padding.
     """
@@ -300,8 +317,8 @@ def probabilities(logits, temperature=1.0, top_p=1.0):
 
     Temperature first, then top-p: the smallest set of most probable tokens whose mass reaches
     top_p, the token that crosses kept, renormalised; 1 cuts nothing. temperature: a number, or one
-    a row (N,); 0 is greedy, one-hot. Target and drafter both go through here: p and q are shaped
-    in the same way before they are compared.
+    for each row (N,); 0 is greedy, one-hot. Target and drafter both go through here: their
+    distributions are shaped in the same way before they are compared.
     """
     p = tempered(logits, temperature)
     if top_p >= 1:
@@ -312,42 +329,49 @@ def probabilities(logits, temperature=1.0, top_p=1.0):
 
 
 def tempered(logits, temperature):
-    """softmax(logits / temperature), (N, V); one-hot where the temperature is 0."""
-    best = logits.argmax(-1, keepdim=True)
+    """softmax(logits / temperature), (N, V); one-hot where the temperature is 0. ValueError if the
+    logits are not finite."""
+    logits = logits.float()
+    top, best = logits.max(-1, keepdim=True)
+    if not top.isfinite().all():                          # a largest number would hide none of them
+        raise ValueError("the model's logits are not finite: its weights are damaged, or too large "
+                         "for this --dtype; try --dtype float32")
     one_hot = torch.zeros(logits.shape, device=logits.device).scatter_(-1, best, 1.0)
-    if isinstance(temperature, (int, float)):
-        return torch.softmax(logits.float() / temperature, -1) if temperature > 0 else one_hot
-    t = torch.as_tensor(temperature, device=logits.device).view(-1, 1)                # one a row
-    warm = torch.softmax(logits.float() / torch.where(t > 0, t, 1.0), -1)
-    return torch.where(t > 0, warm, one_hot)
+    if isinstance(temperature, (int, float)):             # one below 1e-6 would divide by nearly 0
+        return torch.softmax(logits / max(temperature, 1e-6), -1) if temperature > 0 else one_hot
+    t = torch.as_tensor(temperature, device=logits.device).view(-1, 1)                      # (N, 1)
+    soft = torch.softmax(logits / torch.where(t > 0, t.clamp(min=1e-6), 1.0), -1)
+    return torch.where(t > 0, soft, one_hot)
 
 
 def nucleus(p, top_p):
-    """p (N, V) -> (values, ids), both (N, K): the tokens that top-p keeps, and their shares.
+    """p (N, V) -> (values, ids), both (N, K), the largest first: the tokens that top-p keeps, and
+    their probabilities, rescaled to sum to 1. The rest of the K columns has the value 0; its ids
+    are other tokens, or V, which is no token.
 
-    K is as large as the widest row needs. What a narrower row does not need has the value 0 and
-    the id V, which is no token. Sorting 49,152 entries a row costs more than the model. The largest
-    256 nearly always reach top_p; rows where they do not look further, in the end at all of them,
-    so the result is exact.
+    To sort 49,152 entries in each row costs more than the model, and the largest 256 nearly always
+    reach top_p. A row where they do not is tried again with 4,096, and then with all V.
     """
     V = p.shape[-1]
     values, ids = p.topk(min(256, V))
     for width in (min(4096, V), V):
-        short = values.sum(-1) < top_p
-        if not short.any():
+        unfinished = values.sum(-1) < top_p
+        if not unfinished.any():
             break
         more = width - values.shape[-1]
         values, ids = F.pad(values, (0, more)), F.pad(ids, (0, more), value=V)
-        values[short], ids[short] = p[short].topk(width)
-    values = values * (values.cumsum(-1) - values < top_p)       # kept if less than top_p is before
+        values[unfinished], ids[unfinished] = p[unfinished].topk(width)
+    values = values * (values.cumsum(-1) - values < top_p)    # kept if those before do not reach it
     return values / values.sum(-1, keepdim=True), ids
 
 
 def sample(p, generator=None):
-    """One token a row (N,) from p (N, V), which need not sum to 1: the inverse of its cumulative
-    sum, in double precision.
+    """One token for each row (N,) from p (N, V), which need not sum to 1: the inverse of its
+    cumulative sum, in double precision.
 
-    A token of probability 0 is never drawn: the first column whose sum exceeds u has p > 0.
+    The token is the first whose sum exceeds u times the total, u uniform in [0, 1), so a token of
+    probability 0 is never drawn: with p = (0.2, 0, 0.8) the sums are 0.2, 0.2, 1, and u = 0.2 gives
+    token 2.
     """
     total = p.double().cumsum(-1)
     u = torch.rand(p.shape[0], 1, dtype=torch.float64, device=p.device, generator=generator)
@@ -365,16 +389,17 @@ def sample(p, generator=None):
 class PackedLinear(nn.Module):
     """The product of an nn.Linear whose weight (out, in) is kept as FBGEMM reads it.
 
-    The result of a row does not depend on the other rows of the pass: to the last bit with AVX-512,
-    up to rounding with AVX2. No gradient comes out. ValueError for a weight that fp16 cannot hold.
+    The result of a row does not depend on the other rows of the pass, so a pass over several tokens
+    finds what passes over one would: to the last bit on processors with AVX-512 instructions, up to
+    rounding with AVX2. No gradient comes out. ValueError for a weight that fp16 cannot hold.
     """
 
     def __init__(self, weight, name):
         super().__init__()
         largest = weight.abs().max()
         if not largest <= 65504:                            # asked in this way, NaN is refused, too
-            raise ValueError(f"{name} has a weight that is not finite or above 65,504, the largest "
-                             f"number of fp16: decode this model with --dtype bfloat16")
+            raise ValueError(f"{name} has a weight that is NaN, infinite or above 65,504, fp16's "
+                             f"largest: decode this model with --dtype bfloat16")
         weight = weight.detach().clone()                    # since packing may change what it gets
         self.change = ((weight.half().float() - weight).abs().max() / largest).nan_to_num().item()
         self.packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
@@ -384,7 +409,8 @@ class PackedLinear(nn.Module):
 
 
 def fbgemm_works():
-    """Whether this processor can: x86 with AVX2. (Builds for ARM list the operators and crash.)"""
+    """Whether this processor can: x86 with AVX2, without which torch does not list the engine.
+    (Builds for ARM list it and crash.)"""
     x86 = platform.machine() in ("x86_64", "AMD64")
     return x86 and "fbgemm" in torch.backends.quantized.supported_engines
 
@@ -435,10 +461,11 @@ def split_weights(llama):
     """The parameters as they are on disk: {name: tensor}."""
     config, result = llama.config, {}
     d, kv, width = config.head_dim, config.num_key_value_heads, config.intermediate_size
-    rows = {3: (config.num_attention_heads * d, kv * d, kv * d), 2: (width, width)}
+    # By the number of parts: q, k, v are 3, gate and up are 2; all else stays whole.
+    sizes = {3: (config.num_attention_heads * d, kv * d, kv * d), 2: (width, width)}
     for name, weight in llama.named_parameters():
         names = names_on_disk(name)
-        result |= zip(names, weight.split(rows.get(len(names), len(weight))))
+        result |= zip(names, weight.split(sizes.get(len(names), len(weight))))
     return result
 
 
@@ -455,7 +482,10 @@ def load(folder, device="cpu", dtype=torch.float32, vocab_size=None):
     config = read_config(folder)
     index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
     if index.is_file():
-        names = sorted(set(files.read_json(index)["weight_map"].values()))
+        names = files.read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+            raise ValueError(f"{index}: has no weight_map; copy the file again")
+        names = sorted(set(names.values()))
     weights = {}
     for name in names:
         if not (folder / name).is_file():
@@ -476,11 +506,16 @@ def load(folder, device="cpu", dtype=torch.float32, vocab_size=None):
             if name in weights and len(weights[name]) == config.vocab_size > vocab_size:
                 weights[name] = weights[name][:vocab_size].clone()
         config.vocab_size = vocab_size
+    # Before a million layers are built, even without memory.
+    layers = len({name.split(".")[2] for name in weights if name.startswith("model.layers.")})
+    if layers != config.num_hidden_layers:
+        raise ValueError(f"{folder}: num_hidden_layers is {config.num_hidden_layers} in "
+                         f"config.json, but the weights hold {layers}")
     with torch.device("meta"):
         llama = Llama(config)                            # shapes only: no memory, no random numbers
     expected = {name: tuple(weight.shape) for name, weight in split_weights(llama).items()}
     found = {name: tuple(weight.shape) for name, weight in weights.items()}
-    if wrong := sorted(set(expected.items()) ^ set(found.items())):
+    if wrong := sorted(set(expected.items()) ^ set(found.items())):          # in one, not in both
         name = wrong[0][0]
         raise ValueError(f"{folder}: weights do not match config.json, first at {name} (config "
                          f"says {expected.get(name)}, the file has {found.get(name)})")
@@ -521,18 +556,35 @@ def read_config(folder):
     if kind != "default":
         raise ValueError(f"{path}: rotary scaling {kind!r} is not supported, only 'default'")
     known = {field.name: keys[field.name] for field in fields(Config) if field.name in keys}
-    # LlamaConfig's defaults differ from ours where a file leaves a key out.
+    for key, value in known.items():
+        if not valid(key, value):
+            raise ValueError(f"{path}: {key} is {value!r}; copy the file again")
+    # What LlamaConfig means where a file leaves these out. (A missing size shows in the weights.)
     known.setdefault("tie_word_embeddings", False)
     known.setdefault("rms_norm_eps", 1e-6)
     known["rope_theta"] = float(rope.get("rope_theta", keys.get("rope_theta", 10000.0)))
     return Config(**known)
 
 
+def valid(key, value):
+    """Whether a value of config.json is what its key must be: a count, a number, an id."""
+    if key == "tie_word_embeddings":
+        return isinstance(value, bool)
+    if key in ("rms_norm_eps", "rope_theta"):
+        return isinstance(value, (int, float)) and 0 < value < math.inf
+    if key.endswith("_token_id"):
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        return all(type(i) is int and i >= 0 for i in ids)
+    optional = value is None and key in ("num_key_value_heads", "head_dim")
+    return optional or (type(value) is int and 0 < value < 2 ** 31)
+
+
 def save(llama, folder, dtype=None):
     """Write config.json and model.safetensors in this dtype (None: the model's own), so that
     transformers opens the folder.
 
-    Each file is written under another name and renamed: a kill leaves the last good one.
+    Each file is written under another name and renamed: if the program is killed, the old file is
+    still there.
     """
     if llama.decoding_head is not None:
         raise ValueError("a model made by for_decoding cannot be saved; save the original")

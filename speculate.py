@@ -5,16 +5,16 @@
     python speculate.py --target models/smollm2-135m-instruct --draft data/smollm2-drafter \
                         --bench data/prompts/dev.jsonl --gamma 2 3 5
 
-Plain decoding reads all weights of the target once for each token; the arithmetic is nearly free
-beside it. Reading several tokens in one pass costs little more than reading one. So let a small
-drafter write gamma tokens, let the target read them all in one pass, and keep as many as an honest
-coin allows. The text is then a sample from the target's own distribution, whatever the drafter
-wrote (Leviathan et al., 2023, arXiv 2211.17192; Chen et al., 2023, arXiv 2302.01318). A bad
-drafter costs time, never correctness.
+Plain decoding loads all weights of the target from memory once for each token; the arithmetic is
+nearly free beside it. So one pass over several tokens costs little more than a pass over one. Let a
+small drafter write gamma tokens, let the target read them all in one pass, and keep as many as a
+random test allows (verify_token). The text is then a sample from the target's own distribution,
+whatever the drafter wrote (Leviathan et al., 2023, arXiv 2211.17192; Chen et al., 2023, arXiv
+2302.01318). A bad drafter costs time, never correctness.
 
 p is the target's distribution of the next token, q the drafter's, V the vocabulary's size; alpha
-is the share of examined guesses that were kept, tau (block efficiency) the tokens that one pass of
-the target gave.
+is the share of examined guesses that were kept, tau (block efficiency) the number of new tokens per
+pass of the target.
 """
 
 import contextlib
@@ -40,9 +40,10 @@ def speculative_stream(target, draft, tokens, max_new_tokens, gamma, temperature
                        eos_ids=(), generator=None, verify="token", choose=None):
     """Speculative decoding; yields the Generation, grown by one block at a time.
 
-    `text` is the prompt and all that was kept. Both caches always hold a prefix of it, so what a
-    model must read next is text[cache.length:]. There is no other index arithmetic: even after a
-    block that was kept whole, where the drafter has not read its own last guess, it holds.
+    `text` is the prompt and all new tokens, as ids. Each cache always holds the beginning of it, so
+    what a model must read next is text[cache.length:]. This is all the index arithmetic there is.
+    It also works when all guesses were kept: then the drafter has two tokens to read, its own last
+    guess and the target's token.
     """
     check_inputs(target, draft, tokens, max_new_tokens, gamma, temperature, top_p)
     text = tokens[0].tolist()
@@ -60,25 +61,27 @@ def speculative_stream(target, draft, tokens, max_new_tokens, gamma, temperature
         # (1) The drafter writes its guesses, keeping q at each. They are fewer than the tokens
         #     that are still wanted, because the target adds one of its own.
         guesses, q = [], []
-        wanted = gamma if choose is None else choose(made.blocks)
-        for _ in range(min(wanted, max_new_tokens - len(made.tokens) - 1)):
+        length = gamma if choose is None else choose(made.blocks)
+        for _ in range(min(length, max_new_tokens - len(made.tokens) - 1)):
             q.append(read(draft, draft_cache, text + guesses, 1))
             guesses.append(model.sample(q[-1], generator).item())
 
-        # (2) The target reads them all in one pass: p at each guess, and after the last one.
-        p = read(target, target_cache, text + guesses, len(guesses) + 1)
-        q = torch.cat([*q, p[:0]])                                                 # (guesses, V)
+        # (2) The target reads them all in one pass: p[i] is what it would draw guess i from, and
+        #     the last row what it would draw after all of them.
+        p = read(target, target_cache, text + guesses, len(guesses) + 1)       # (guesses + 1, V)
+        q = torch.cat([*q, p[:0]])      # (guesses, V); p[:0], no rows, is for a block of no guesses
 
-        # (3) Verify: how many guesses are kept, and what the token behind them is drawn from.
+        # (3) Verify: how many guesses are kept, and what the token after them is drawn from.
         coins = torch.rand(len(guesses), dtype=p.dtype, device=p.device, generator=generator)
         kept, follow = VERIFY[verify](torch.tensor(guesses, dtype=torch.int64), q, p, coins)
 
-        # (4) The text grows by both. Behind an end token nothing counts.
+        # (4) The text grows by both. After an end token nothing counts.
         following = model.sample(follow[None], generator).item()
         text += made.add(guesses, int(kept), following, q, p, eos_ids)
 
-        # (5) Each cache forgets what was not kept. The newest token was read by neither.
-        target_cache.length = min(target_cache.length, len(text) - 1)
+        # (5) Each cache forgets what was not kept. The newest token is still to be read by both,
+        #     and the drafter may be one more behind: it has not read its last guess.
+        target_cache.length = len(text) - 1
         draft_cache.length = min(draft_cache.length, len(text) - 1)
         yield made
 
@@ -90,9 +93,11 @@ def verify_token(guesses, q, p, coins):
     guesses (gamma,) int64; q (gamma, V), p (gamma + 1, V) probabilities; coins (gamma,) uniform in
     [0, 1). Returns kept, 0 to gamma, and follow (V,), which sums to 1. Nothing in here is random.
 
-    Why it is lossless: x comes out with q(x) min(1, p(x) / q(x)) = min(p(x), q(x)) if kept, and
-    with P(refused) max(0, p(x) - q(x)) / sum max(0, p - q) otherwise. P(refused) is that same sum,
-    so together it is p(x). Greedy decoding is no special case: its p and q are one-hot.
+    Why it is lossless. The token x comes out as a kept guess with probability
+    q(x) min(1, p(x) / q(x)) = min(p(x), q(x)). A guess is refused with probability
+    1 - sum min(p, q) = sum max(0, p - q), and then x is drawn with max(0, p(x) - q(x)) over that
+    same sum. Together: min(p(x), q(x)) + max(0, p(x) - q(x)) = p(x). Greedy decoding is no special
+    case: its p and q are one-hot.
     """
     places = torch.arange(len(guesses))
     ratios = p[places, guesses] / q[places, guesses]        # q > 0: the drafter drew the guess
@@ -107,8 +112,11 @@ def verify_block(guesses, q, p, coins):
     arXiv 2403.10444.)
 
     w is the chance that the guesses up to i may stand together: one that p likes better than q
-    makes up for an earlier one that p likes less. Each i has its own coin, and the last i whose
-    coin is below h wins, so a refusal in the middle need not end the block.
+    makes up for an earlier one that p likes less. h is the chance to keep i guesses if no more are
+    kept: such that the draw after it, from max(0, w p - q), fills up exactly what is missing of p.
+    After the last guess there is no more, so h = w there. Each i has its own coin, and the last i
+    whose coin is below h wins: a refusal in the middle need not end the block. The proof is in the
+    paper; tests/test_speculate.py enumerates it.
     """
     gamma, kept, w, w_kept = len(guesses), 0, 1.0, 1.0
     for i, x in enumerate(guesses.tolist(), 1):
@@ -133,7 +141,7 @@ def leftover(p, q):
 
 
 def distributions(llama, cache, text, places, temperature, top_p):
-    """Read what is new of the text; p (or q) behind each of its last `places` tokens: (places, V).
+    """Read what is new of the text; p (or q) after each of its last `places` tokens: (places, V).
 
     Temperature and top-p shape p and q in the same way, before they are compared.
     """
@@ -147,13 +155,15 @@ class Generation:
     """What a decoding loop made, and what it took."""
 
     tokens: list = field(default_factory=list)   # the new ones; an end token is the last of them
-    kinds: list = field(default_factory=list)    # of each: target, accepted, corrected or bonus
-    blocks: list = field(default_factory=list)   # (drafted, kept) of each block
+    # Of each: target (plain), accepted (a guess), corrected (drawn after a refusal) or bonus (drawn
+    # where all guesses were kept).
+    kinds: list = field(default_factory=list)
+    blocks: list = field(default_factory=list)   # (guesses written, guesses kept) of each block
     target_calls: int = 0                        # passes of the target after the prompt's
     accepted: int = 0                            # guesses that were kept
-    drafted: int = 0                             # guesses examined: up to the first refusal
+    drafted: int = 0                             # guesses examined: the kept and the refused one
     overlap: float = 0.0                         # sum of sum_x min(p, q) over the examined places
-    cut: bool = False                            # an end token was among the last block's guesses
+    cut: bool = False                            # the last block ended at a guess: an end token
 
     def ended(self, max_new_tokens, eos_ids):
         return len(self.tokens) >= max_new_tokens or self.tokens[-1] in eos_ids
@@ -162,6 +172,7 @@ class Generation:
         """Append a verified block, up to its first end token, and count; returns its tokens."""
         block = guesses[:kept] + [follow]
         kinds = ["accepted"] * kept + ["bonus" if kept == len(guesses) else "corrected"]
+        # How many tokens of the block count: all, or those up to the first end token.
         end = next((i for i, token in enumerate(block, 1) if token in eos_ids), len(block))
         self.cut = end <= kept
         self.tokens += block[:end]
@@ -183,7 +194,7 @@ class Generation:
 @torch.inference_mode()
 def autoregressive_stream(target, tokens, max_new_tokens, temperature, top_p, eos_ids=(),
                           generator=None):
-    """Plain decoding, one token a pass: what speculation is compared with. Yields the growing
+    """Plain decoding, one token per pass: what speculation is compared with. Yields the growing
     Generation."""
     check_inputs(target, None, tokens, max_new_tokens, 0, temperature, top_p)
     text = tokens[0].tolist()
@@ -202,11 +213,12 @@ def speculative_generate(target, draft, tokens, max_new_tokens, gamma, temperatu
                          eos_ids=(), generator=None, verify="token", choose=None):
     """Speculative decoding of tokens (1, T) int64 -> Generation, distributed as the target's own.
 
-    gamma: guesses a block, 0 is plain decoding. temperature 0 is greedy. eos_ids end the text;
-    empty, nothing does. generator: a torch.Generator on the tokens' device, None the global one.
-    verify: a name in VERIFY. choose: called before each block with this text's past blocks, a list
-    of (drafted, kept), answers with the block's length, 0 to gamma. It must not see guesses of the
-    block it chooses for: a choice that depends on them would favour some texts over others.
+    gamma: guesses per block; 0 is plain decoding. temperature 0 is greedy. eos_ids end the text; if
+    it is empty nothing does. generator: a torch.Generator on the tokens' device, None the global
+    one. verify: a name in VERIFY. choose: a function that takes the place of gamma. It is called
+    before each block with the past blocks of this text, a list of (guesses, kept), and returns the
+    number of guesses. It must not see guesses of the block that it chooses for: a choice that
+    depends on them would favour some texts over others.
     ValueError: another vocabulary, or no room in the target's context.
     """
     *_, made = speculative_stream(target, draft, tokens, max_new_tokens, gamma, temperature, top_p,
@@ -222,9 +234,9 @@ def autoregressive_generate(target, tokens, max_new_tokens, temperature, top_p, 
     return made
 
 
-def room_for(llama, tokens, device):
+def room_for(llama, length, device):
     """An empty cache of this model for so many tokens."""
-    return model.KVCache(llama.config, 1, tokens, device, llama.norm.weight.dtype)
+    return model.KVCache(llama.config, 1, length, device, llama.norm.weight.dtype)
 
 
 def check_inputs(target, draft, tokens, max_new_tokens, gamma, temperature, top_p):
@@ -248,24 +260,27 @@ def check_inputs(target, draft, tokens, max_new_tokens, gamma, temperature, top_
 def auto_gamma(draft_cost, pass_costs):
     """A `choose` for speculative_generate: the gamma with the most expected tokens for its cost.
 
-    Costs are in plain steps: draft_cost of one drafter step, pass_costs[n] of a target pass over n
-    tokens. Guesses are taken to be kept independently, at the rate alpha of the text so far, which
-    is forgotten over some twenty blocks: so a drafter that was given up is tried again.
+    Costs are in plain steps of the target: draft_cost of one drafter step, pass_costs[n] of a pass
+    over n tokens. Each block takes the gamma with the most expected tokens per cost, if guesses are
+    kept independently with probability alpha. alpha is measured on this text and fades back to 1/2
+    over some twenty blocks, so a drafter that was given up may be tried again.
 
-    A useless drafter must cost next to nothing: `lost` is what was spent beyond plain decoding, of
-    which each token forgives 1.5 %, and no block may take it above 3 steps. What earlier blocks
-    saved is no credit.
+    A useless drafter must cost next to nothing. `lost` is what was spent beyond plain decoding.
+    Each token lowers it by 0.015 steps, and no block is chosen that could bring it above 3 steps.
+    It never falls below 0: what earlier blocks saved is no credit.
     """
     def cost(gamma):
         return gamma * draft_cost + pass_costs[gamma + 1]
 
     def choose(blocks):
-        kept_before, examined, lost = 1.0, 2.0, 0.0            # to begin with, one in two is kept
-        for drafted, kept in blocks:
-            kept_before = 0.05 + 0.95 * kept_before + kept
-            examined = 0.1 + 0.95 * examined + min(kept + 1, drafted)
-            lost = max(0.0, lost + cost(drafted) - 1.015 * (kept + 1))
-        alpha = kept_before / examined
+        accepted, examined, lost = 1.0, 2.0, 0.0
+        for guesses, kept in blocks:
+            # Both sums fade by 5 % per block, towards one of two.
+            accepted = 0.05 + 0.95 * accepted + kept
+            examined = 0.1 + 0.95 * examined + min(kept + 1, guesses)
+            lost = max(0.0, lost + cost(guesses) - 1.015 * (kept + 1))
+        alpha = accepted / examined
+        # Even if none is kept, a block gives one token, which is worth one step.
         allowed = [gamma for gamma in range(len(pass_costs) - 1) if lost + cost(gamma) - 1 <= 3]
         return max(allowed, key=lambda gamma: losses.implied_tau(alpha, gamma) / cost(gamma),
                    default=0)
@@ -273,7 +288,7 @@ def auto_gamma(draft_cost, pass_costs):
 
 
 def measured_gamma(target, draft, largest=8):
-    """auto_gamma with costs measured on this machine in under a second (0.7 s on two cores)."""
+    """auto_gamma with costs measured on this machine (0.7 s for SmolLM2-135M on two cores)."""
     passes = [pass_seconds(target, width, repeats=2) for width in range(1, largest + 2)]
     return auto_gamma(pass_seconds(draft, 1) / passes[0], [0.0] + [s / passes[0] for s in passes])
 
@@ -285,7 +300,7 @@ def pass_seconds(llama, width, context=128, repeats=5):
     cache = room_for(llama, context + width, device)
     tokens, seconds = torch.zeros(1, width, dtype=torch.int64, device=device), []
     for _ in range(repeats + 1):                  # the first one warms up
-        cache.length = context                    # of zeros, which take as long to read as others
+        cache.length = context                    # as if so many had been read: it holds zeros
         begin = time.perf_counter()
         llama(tokens, cache)[0, -1, 0].item()     # .item() waits for a GPU to finish
         seconds.append(time.perf_counter() - begin)
@@ -312,16 +327,16 @@ def answer(pair, messages, args, style):
     returns the text."""
     target, draft, tok, device, choose = pair
     tokens, begin = torch.tensor([tok.chat_prompt(messages)], device=device), time.perf_counter()
-    decoder, shown, text = tok.stream(), 0, ""
+    decoder, shown, answered = tok.stream(), 0, ""
     for made in speculative_stream(target, draft, tokens, args.max_new_tokens, args.gamma[0],
                                    args.temperature, args.top_p, tok.eos_ids, None, args.verify,
                                    choose):
         new = zip(made.kinds[shown:], made.tokens[shown:])
-        for kind, run in itertools.groupby(new, key=lambda pair: pair[0]):
+        for kind, run in itertools.groupby(new, key=lambda kind_and_token: kind_and_token[0]):
             piece = "".join(decoder.push(token) for _, token in run)
             before, after = MARKS[style].get(kind, ("", "")) if piece else ("", "")
             print(before + piece + after, end="", flush=True)
-            text += piece
+            answered += piece
         shown = len(made.tokens)
     print(rest := decoder.flush())
     seconds = time.perf_counter() - begin
@@ -330,7 +345,7 @@ def answer(pair, messages, args, style):
     print(f"--- {legend}{shown} tokens in {seconds:.1f} s ({shown / seconds:.1f}/s)  "
           f"gamma {'auto' if choose else args.gamma[0]}  tau {made.tau:.2f}  alpha {alpha}",
           file=sys.stderr if style == "plain" else sys.stdout)
-    return text + rest
+    return answered + rest
 
 
 def first_minute(pair, args, style):
@@ -345,7 +360,7 @@ def first_minute(pair, args, style):
     same = tok.decode([token for token in made.tokens if token not in tok.eos_ids]) == text
     print(f"    plain decoding: {len(made.tokens)} tokens in {seconds:.1f} s "
           f"({len(made.tokens) / seconds:.1f}/s), {'the same text' if same else 'another text'}\n"
-          f"    tau is tokens a pass of the target; alpha the share of guesses that were kept\n"
+          f"    tau: tokens per pass of the target; alpha: share of the guesses that were kept\n"
           f"next: python speculate.py --chat      ask this pair about animals, food, tools...\n"
           f"      python losses.py                the losses' noise: a table and a picture\n"
           f"      make demo                       train this pair from nothing, ten minutes")
@@ -368,7 +383,11 @@ def chat(pair, args, style):
         while len(messages) > 1 and len(tok.chat_prompt(messages)) > room:
             del messages[:2]
             print("(the context is full: the oldest exchange is forgotten)")
-        messages.append({"role": "assistant", "content": answer(pair, messages, args, style)})
+        try:
+            messages.append({"role": "assistant", "content": answer(pair, messages, args, style)})
+        except ValueError as error:                   # one message that alone is too long
+            messages.pop()
+            print(f"({error})")
 
 
 # ---- Benchmark ---------------------------------------------------------------------------------
@@ -387,7 +406,7 @@ def bench(pair, args):
     step, size = pass_seconds(target, 1), draft.parameter_count() / target.parameter_count()
     draft_cost = pass_seconds(draft, 1) / step
     verify_costs = {gamma: pass_seconds(target, gamma + 1) / step for gamma in args.gamma}
-    print(f"target step {step * 1e3:.1f} ms; over it, a drafter step is {draft_cost:.3f}, a pass "
+    print(f"target step {step * 1e3:.1f} ms; in such steps a drafter step {draft_cost:.3f}, a pass "
           "over " + ", ".join(f"{g + 1} tokens {cost:.2f}" for g, cost in verify_costs.items()))
     for gamma in (None, args.gamma[0]):           # warms up, not counted
         timed(pair, args, prompt_ids[0], gamma, 0)
@@ -406,7 +425,7 @@ def bench(pair, args):
         tasks = [prompt["task"] for prompt in prompts[:number + 1]]
         rows = []
         for task, gamma in itertools.product([*dict.fromkeys(tasks), "all"], args.gamma):
-            chosen = [run for run, its in zip(runs[gamma], tasks) if task in (its, "all")]
+            chosen = [run for run, of in zip(runs[gamma], tasks) if task == "all" or task == of]
             rows.append(report.bench_row(task, gamma, chosen, args, verify_costs[gamma], draft_cost,
                                          size))
         result = {"target": str(args.target), "draft": str(args.draft), "machine": report.machine(),
@@ -430,19 +449,20 @@ def timed(pair, args, ids, gamma, number):
     begin = time.perf_counter()
     made = next(stream)                           # the first token: the prompt has been read
     prompt_seconds = time.perf_counter() - begin
-    *_, made = made, *stream
+    for made in stream:
+        pass
     return made, time.perf_counter() - begin, prompt_seconds
 
 
 def report_mismatch(target, prompt, plain, spec, number, gamma):
-    """Greedy texts differ: say where, and the target's logits of both choices there. A tie is the
-    only good reason."""
+    """Greedy texts differ: say where, and the target's logits of both choices there. The only good
+    reason is a tie, up to the rounding of passes of different width."""
     same = len(os.path.commonprefix([plain, spec]))
     if same == min(len(plain), len(spec)):
         raise RuntimeError(f"prompt {number}, gamma {gamma}: one text is the other's beginning")
     with torch.inference_mode():
-        text = torch.tensor([prompt + plain[:same]], device=target.norm.weight.device)
-        logits = target.head(target.hidden(text)[0, -1]).float()
+        tokens = torch.tensor([prompt + plain[:same]], device=target.norm.weight.device)
+        logits = target.head(target.hidden(tokens)[0, -1]).float()
     (x, a), (y, b) = ([text[same], logits[text[same]].item()] for text in (plain, spec))
     print(f"  greedy mismatch: prompt {number}, gamma {gamma}, new token {same}: plain chose {x} "
           f"(logit {a:.6f}), speculative {y} (logit {b:.6f}), apart {abs(a - b):.1e}")
@@ -469,8 +489,8 @@ def parse():
     what.add_argument("--chat", action="store_true", help="a conversation in the terminal")
     what.add_argument("--bench", type=Path, metavar="FILE",
                       help="time all prompts of a JSON lines file against plain decoding")
-    add("--gamma", type=gamma_flag, nargs="+", help="guesses a block (default 3, --chat auto); "
-        "several for --bench. auto asks the clock: a seed then fixes no sampled text")
+    add("--gamma", type=gamma_flag, nargs="+", help="guesses per block (default 3, --chat: auto); "
+        "several for --bench. auto measures time, so a seed does not fix a sampled text")
     add("--verify", default="token", choices=VERIFY, help="the rule (default token)")
     add("--temperature", type=number("[0, inf)"), help="0 is greedy (default 0.6; --bench 0)")
     add("--top-p", type=number("(0, 1]"), help="1 cuts nothing (default 0.9; --bench 1)")
@@ -489,7 +509,7 @@ def parse():
         raise ValueError("--prompt is empty: give the text to answer")
     if args.target is None:
         args.target, args.draft = TINY / "target", TINY / "drafter-aligned"
-        args.threads = args.threads or 1         # so small a model spends a second one on waiting
+        args.threads = args.threads or 1         # for so small a model a second one would only wait
     greedy = args.bench or args.first
     for name, default in (("temperature", 0.0 if greedy else 0.6),
                           ("top_p", 1.0 if greedy else 0.9),
@@ -507,7 +527,7 @@ def main():
     tok, style = tokenizer.load_pair(args.target, args.draft), trace_style(args.trace)
     if args.first and style == "plain":
         style = "brackets"
-    # In a pipe stdout carries the answer alone.
+    # In a pipe stdout carries what was asked for alone.
     with contextlib.redirect_stdout(sys.stderr if style == "plain" else sys.stdout):
         device, dtype = files.set_up(args)
         target, draft = (model.load(folder, device, dtype, tok.vocab_size).for_decoding()

@@ -29,25 +29,26 @@ import torch.nn.functional as F
 import model
 from data import files, pretrain_text, tokenizer
 
-# Shapes only: vocabulary, end tokens and context come from the tokenizer. In brackets the
-# vocabulary that the sizes count with.
+# Shapes only: vocabulary, end tokens and context come from the tokenizer. The sizes in the comments
+# are counted with the vocabulary in brackets.
 PRESETS = {
     # The paper's drafter for Llama 2 Chat 7B [32,000]: 117 M, 1.7 % of its target. Untied, as
     # Llama 2 is.
     "paper-drafter": dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=4,
                           num_attention_heads=8, tie_word_embeddings=False),
-    # For SmolLM2-135M [49,152]: 15.0 M, of which 12.6 M are the tied embedding.
+    # For SmolLM2-135M [49,152]: 15.0 M, of which 12.6 M are the embedding, which is the head, too.
     "small-drafter": dict(hidden_size=256, intermediate_size=704, num_hidden_layers=3,
                           num_attention_heads=4),
-    # The tiny world's target [2,048]: 2.7 M. Deep and thin: at this size a pass costs its layers'
-    # overhead, so depth makes the target's step slow and leaves something for a drafter to save.
+    # The tiny world's target [2,048]: 2.7 M. Deep and thin: in so small a model most time goes into
+    # starting each layer's operations, so depth makes its step slow and leaves a drafter something
+    # to save.
     "tiny-target": dict(hidden_size=128, intermediate_size=352, num_hidden_layers=12,
                         num_attention_heads=4),
     # The tiny world's drafter [2,048]: 0.13 M, a twentieth of its target in parameters.
     "tiny-drafter": dict(hidden_size=48, intermediate_size=128, num_hidden_layers=1,
                          num_attention_heads=2),
 }
-EVAL_WINDOWS = 64  # the same at every evaluation and in every run with this data and context
+EVAL_WINDOWS = 64  # or prompts: the same at every evaluation and in every run with this data
 
 
 # ---- The loss ----------------------------------------------------------------------------------
@@ -55,7 +56,7 @@ EVAL_WINDOWS = 64  # the same at every evaluation and in every run with this dat
 def next_token_loss(llama, tokens, answer=None):
     """Mean cross-entropy in nats of each token given those before it: a scalar.
 
-    tokens (B, T) int64; answer (B, T) bool: only tokens that follow a True count; None: all.
+    tokens (B, T) int64; answer (B, T) bool: True where the next token counts; None: everywhere.
     """
     answer = torch.ones_like(tokens, dtype=torch.bool) if answer is None else answer
     hidden = llama.hidden(tokens[:, :-1])[answer[:, :-1]]                                 # (N, D)
@@ -63,11 +64,11 @@ def next_token_loss(llama, tokens, answer=None):
 
 
 def backward_in_chunks(hidden, head, chunk, loss_at):
-    """The same gradients as loss.backward() where loss = sum of loss_at(logits) over all positions,
-    with the logits of `chunk` positions in memory at a time. Returns the loss, detached.
+    """The same gradients as loss.backward() where the loss is a sum over positions, with the logits
+    of `chunk` positions in memory at a time. Returns the loss, detached.
 
-    hidden (N, D), head (V, D): what logits are made of. loss_at(logits, rows) -> a scalar; rows is
-    the slice of positions that the logits (n, V) belong to.
+    hidden (N, D), head (V, D): what logits are made of. loss_at(logits, rows) -> the sum (a scalar)
+    over a chunk; rows is the slice of positions that the logits (n, V) belong to.
 
     Logits are large: with SmolLM2's V = 49,152, 2,048 positions take 400 MB, and as much again for
     their softmax and for their gradient. But the head treats every position by itself, so the chain
@@ -75,13 +76,15 @@ def backward_in_chunks(hidden, head, chunk, loss_at):
     keep d loss / d hidden, let the logits go, and at the end send the whole gradient back through
     the layers once. The same sums; only the order of additions differs.
     """
+    # Copies without a history (leaves of the graph): backward() stops there, at their .grad.
     hidden_leaf, head_leaf = (x.detach().requires_grad_() for x in (hidden, head))
     total = 0.0
     for at in range(0, len(hidden), chunk):
         rows = slice(at, at + chunk)
         loss = loss_at(F.linear(hidden_leaf[rows], head_leaf), rows)
-        loss.backward()                               # stops at the leaves and adds to their .grad
+        loss.backward()
         total = total + loss.detach()
+    # Go on from the cut: hidden's gradient runs through the layers, head's into the weight.
     torch.autograd.backward([hidden, head], [hidden_leaf.grad, head_leaf.grad])
     return total
 
@@ -128,7 +131,8 @@ def read_examples(path, tok, context, task=None):
     The target's answers are used as they were sampled (response_ids: their text encoded again may
     differ). The end-of-turn token follows only where the answer ended by itself: after an answer
     that was cut off at the length limit the target would have gone on, and the drafter must not
-    learn to stop there. Records with a text alone, such as a chat corpus, are encoded here and end.
+    learn to stop there. Records with a text alone, such as a chat corpus, are encoded here; they
+    end, unless they say "ended": false.
     """
     examples, cut = [], 0
     for number, record in enumerate(files.read_jsonl(path), 1):
@@ -144,6 +148,7 @@ def read_examples(path, tok, context, task=None):
         if any(not isinstance(i, int) or not 0 <= i < tok.vocab_size for i in ids):
             raise ValueError(f"{path}, record {number}: response_ids hold what is no token of "
                              f"{tok.folder}")
+        # No messages: a text that the target wrote from its bare start, the document token.
         prompt = tok.chat_prompt(messages) if messages else [tok.document_id]
         tokens = prompt + ids + ([tok.eos_id] if ended else [])
         cut += len(tokens) > context
@@ -158,9 +163,12 @@ def read_examples(path, tok, context, task=None):
 
 def collate(batch, device):
     """Examples -> tokens (B, T), padded on the right (causal attention never looks there), and
-    answer (B, T), True at the positions whose next token is the answer's.
+    answer (B, T), True at the positions whose next token is the answer's:
 
-    T is a multiple of 64: of few different widths freed memory fits the next batch.
+        tokens    p p p a a a 0 0            p the prompt's, a the answer's, first = 3
+        answer    . . x x x . . .
+
+    T is a multiple of 64: with few different widths, memory that was freed fits the next batch.
     """
     width = math.ceil(max(len(e.tokens) for e in batch) / 64) * 64
     tokens = torch.tensor([e.tokens + [0] * (width - len(e.tokens)) for e in batch], device=device)
@@ -176,20 +184,25 @@ def batch_at(examples, batch_size, seed, number):
     It follows from seed and number alone, so that a resumed run sees what an unbroken one would
     have seen. Batches hold examples of similar length: little padding, and still random.
     """
+    def length(i):
+        return len(examples[i].tokens)
+
     epoch, index = divmod(number, math.ceil(len(examples) / batch_size))
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(examples), generator=generator).tolist()
-    batches = []
-    for at in range(0, len(order), 16 * batch_size):
-        window = sorted(order[at:at + 16 * batch_size], key=lambda i: len(examples[i].tokens))
-        batches += [window[i:i + batch_size] for i in range(0, len(window), batch_size)]
-    return [examples[i] for i in batches[torch.randperm(len(batches), generator=generator)[index]]]
+    batches = []                  # all of the epoch, made anew for each: cheap beside a step
+    for at in range(0, len(order), 16 * batch_size):       # 16 batches at a time, sorted by length
+        group = sorted(order[at:at + 16 * batch_size], key=length)
+        batches += [group[i:i + batch_size] for i in range(0, len(group), batch_size)]
+    chosen = batches[torch.randperm(len(batches), generator=generator)[index]]
+    return [examples[i] for i in chosen]
 
 
 def hold_out(examples, count):
-    """(training, held out): all answers to about `count` prompts, spread over the file, are held
-    out. A prompt's answers go to one side: a drafter that saw one has half seen the others."""
-    prompts = {}                                       # a bare start is no prompt: each by itself
+    """(training, held out): every ceil(n / count)-th of the n prompts is held out, so `count` of
+    them at most. All answers to a prompt go to one side: a drafter that saw one has half seen the
+    others."""
+    prompts = {}              # what begins with the document token has no prompt: each by itself
     for e in examples:
         key = tuple(e.tokens[:e.first] if e.first > 1 else e.tokens)
         prompts.setdefault(key, []).append(e)
@@ -211,8 +224,8 @@ def make_optimiser(llama, learning_rate, weight_decay=0.1, beta2=0.95):
     beta2 0.95 rather than 0.999: the second moment then forgets in 20 steps, which a short run
     needs.
     """
-    matrices, vectors = ([p for p in llama.parameters() if (p.dim() < 2) is vector]
-                         for vector in (False, True))
+    matrices = [p for p in llama.parameters() if p.dim() >= 2]
+    vectors = [p for p in llama.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, beta2), fused=True)
@@ -241,7 +254,7 @@ class Run:
 
     args: the flags of training_flags. settings: all that decides the result; --resume refuses
     others. unit: what is counted as seen. metric: the name of what evaluate() returns. memory: a
-    dict, changed in place, of what the loss remembers from step to step.
+    dict, changed in place, of what the loss remembers from step to step (a running mean does).
     """
 
     def __init__(self, args, llama, settings, unit, metric, evaluate, generator, memory=None):
@@ -263,7 +276,12 @@ class Run:
         keep_log_until(self.out / "log.jsonl", self.step)
 
     def steps(self):
-        """Yield the number of each step that is to be done. `step` updates are done by then."""
+        """Yield the number s of each step that is to be done, 0 to args.steps - 1.
+
+        One turn: evaluate and save what s updates have made; yield, where the caller makes its
+        batch, its gradients and the update; write the row of the log, which so has the evaluation
+        before the update and the loss of its batch. A last turn only evaluates and saves.
+        """
         args, began = self.args, time.monotonic() - self.seconds
         begin, seen = self.step, self.seen
         progress = files.Progress(args.steps - begin, "steps")
@@ -282,7 +300,7 @@ class Run:
                 if save and self.step > 0:
                     self.save(time.monotonic() - began)
                 if not last:
-                    yield self.step
+                    yield self.step                       # here the body of the caller's loop runs
                 self.row["seconds"] = round(time.monotonic() - began, 3)
                 log.write(json.dumps(self.row) + "\n")
                 log.flush()
@@ -299,7 +317,8 @@ class Run:
         """Clip, step, and log `loss` and whatever else is given; refuse what is not finite."""
         limit = self.args.clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.llama.parameters(), limit)
-        require_finite(loss + norm.item(), self.step, self.out)
+        require_finite(loss, self.step, self.out)
+        require_finite(norm.item(), self.step, self.out, "the gradient's norm")
         self.optimiser.step()
         self.optimiser.zero_grad()
         self.seen += seen
@@ -324,7 +343,7 @@ def read_checkpoint(folder, settings):
     """What Run.save wrote. ValueError if it is damaged, or if its settings were not these."""
     path = folder / "training.pt"
     try:
-        # Data only: a pickle could run programs.
+        # Data only: other files of this format may run code when they are read.
         state = torch.load(path, map_location="cpu", weights_only=True)
         made_with = state["settings"]
     except Exception as error:  # torch raises any of five kinds for a damaged file
@@ -347,13 +366,13 @@ def keep_log_until(path, step):
     files.write_jsonl(path, [row for row in rows if row["step"] < step])
 
 
-def require_finite(loss, step, out):
-    """ValueError if training has left the numbers: asked before each step and each save, so what
-    is saved is sound."""
-    if not math.isfinite(loss):
-        kept = "keeps the last good checkpoint" if (out / "training.pt").is_file() else "is empty"
-        raise ValueError(f"the loss is {loss} at step {step}; {out} {kept}; start again in another "
-                         f"--out with a lower --learning-rate, a longer --warm-up or --clip 1")
+def require_finite(value, step, out, what="the loss"):
+    """ValueError if it is infinite or no number. Asked before each step and each save, so what is
+    saved is sound."""
+    if not math.isfinite(value):
+        kept = "the last" if (out / "training.pt").is_file() else "no"
+        raise ValueError(f"{what} is {value} at step {step}; {out} holds {kept} good checkpoint; "
+                         f"start again elsewhere, with a lower --learning-rate or longer --warm-up")
 
 
 def copy_tokenizer(source, folder):
@@ -411,18 +430,18 @@ DECIDING = ("steps", "batch_size", "context", "learning_rate", "min_learning_rat
 
 def leading_directions(embedding, width):
     """embedding (V, D) -> (V, width), the numbers that tell most about its rows, and the share of
-    energy they keep.
+    their energy, the sum of squares, that is kept.
 
     With E = U S V^T, the best approximation of rank k is U_k S_k V_k^T (Eckart and Young, 1936).
     Its rows lie in a space of k dimensions, where V_k gives their coordinates: U_k S_k = E V_k. So
-    tokens that are similar to the target are similar from the drafter's first step. V_k are the
-    eigenvectors of E^T E (D, D): E itself stays whole.
+    tokens that the target treats as similar are similar for the drafter, too, from its first step.
+    V_k are the eigenvectors of E^T E (D, D), a small matrix: no SVD of the large E is needed.
     """
     if width > embedding.shape[1]:
         raise ValueError(f"--embed-from has an embedding of width {embedding.shape[1]}: a model of "
                          f"width {width} cannot start from it, leave it out")
     E = embedding.double()
-    energy, directions = torch.linalg.eigh(E.T @ E)                               # ascending
+    energy, directions = torch.linalg.eigh(E.T @ E)        # ascending: the last are the largest
     return (E @ directions[:, -width:]).float(), (energy[-width:].sum() / energy.sum()).item()
 
 
@@ -453,8 +472,9 @@ def build(args, tok):
         rows, share = leading_directions(embedding, llama.config.hidden_size)
         print(f"embedding started from {given}: {rows.shape[1]} directions keep {share:.1%} of its "
               f"energy")
-        # The geometry is the target's, the size this model's own: with large rows a tied head
-        # starts out sure that the token just read comes again.
+        # The directions are the target's, the size is this model's own. The head is the embedding,
+        # too, and at first the hidden state is near the row of the token just read: with large rows
+        # the model would start out sure that this token comes again.
         own = llama.embed_tokens.weight
         own.data.copy_(rows * (own.std() / rows.std()))
     return llama
@@ -492,7 +512,7 @@ def main(argv=None):
     args = parse(argv)
     device, dtype = files.set_up(args)
     tok = tokenizer.load(args.tokenizer)
-    generator = torch.Generator().manual_seed(args.seed)  # all the randomness there is from here on
+    generator = torch.Generator().manual_seed(args.seed)  # draws the windows; a checkpoint has it
     if args.chat:
         training, held_out = hold_out(read_examples(args.chat, tok, args.context), EVAL_WINDOWS)
         evaluation = [collate(held_out[i:i + 8], device) for i in range(0, len(held_out), 8)]
@@ -515,8 +535,8 @@ def main(argv=None):
 
     run = Run(args, llama, settings, "tokens", "eval_loss", measure, generator)
     copy_tokenizer(args.tokenizer, args.out)
-    passes = args.batch_size * args.accumulate
-    each = passes * (size / len(training) if args.chat else args.context)
+    rows = args.batch_size * args.accumulate
+    each = rows * (size / len(training) if args.chat else args.context)
     print(f"{llama.parameter_count() / 1e6:.2f} M parameters; {args.steps} steps of {each:,.0f} "
           f"tokens: {args.steps * each / size:.2f} times over all {size:,}")
 
@@ -529,7 +549,8 @@ def main(argv=None):
             else:
                 tokens = pretrain_text.sample(training, args.batch_size, args.context, generator)
                 batches.append((tokens.to(device), torch.ones_like(tokens).bool().to(device)))
-        # One batch is one mean, however many passes it takes: each counts by its positions.
+        # The step's gradient is one mean over all its positions, however many passes it takes: each
+        # pass counts by its share of them.
         counts = [int(answer[:, :-1].sum()) for _, answer in batches]
         for (tokens, answer), count in zip(batches, counts):
             share = count / sum(counts)

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +26,9 @@ def run(main):
     """
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `python X.py | head` ends quietly
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):             # a terminal without é shows ? in its place
+            stream.reconfigure(errors="replace")
     try:
         main()
     except KeyboardInterrupt:
@@ -59,21 +63,26 @@ def read_jsonl(path):
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give the path of a JSON lines file")
-    rows, opened = [], gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error.msg}); mend or delete "
-                                 f"that line") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: expected a JSON object, got "
-                                 f"{type(row).__name__}")
-            rows.append(row)
+    rows, number, opened = [], 1, gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rb") as lines:
+            while line := lines.readline(LONGEST):
+                row = json.loads(line.decode("utf-8")) if line.strip() else None
+                if len(line) == LONGEST:
+                    raise ValueError("longer than 64 MB")
+                if row is not None and not isinstance(row, dict):
+                    raise ValueError(f"expected a JSON object, got {type(row).__name__}")
+                if b"\\ud" in line.lower():            # half of a pair is no character of UTF-8
+                    json.dumps(row, ensure_ascii=False).encode("utf-8")
+                rows += [] if row is None else [row]
+                number += 1
+    except (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}, line {number}: not JSON in UTF-8 ({error}); mend or delete "
+                         f"that line") from None
     return rows
+
+
+LONGEST = 2 ** 26                       # bytes of a line; a .gz of a few KB can hold a line of GBs
 
 
 def write_jsonl(path, rows):
@@ -258,8 +267,8 @@ def set_up(args):
     torch.manual_seed(args.seed)
     try:
         device = torch.device(args.device)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {args.device}: not usable here ({str(error).splitlines()[0]}); "
                          f"use --device cpu") from None
     print(f"device {device}, {args.dtype}, {torch.get_num_threads()} threads, seed {args.seed}, "
