@@ -78,9 +78,9 @@ class Attention(nn.Module):
         k, v = k.transpose(1, 2), v.transpose(1, 2)                               # (B, kv, T, d)
         if cache is not None:
             k, v = cache.append(layer, k, v)                               # (B, kv, past + T, d)
-        # The query heads that share a key head become further rows of one matrix: row t * group + g
-        # is token t in query head g. So one product serves them all; to repeat keys and values for
-        # each query head would copy the whole cache at every step.
+        # The query heads that share a key head are neighbours. They become rows of one matrix: row
+        # t * group + g is token t in the g-th of them. So one product serves them all; to repeat
+        # keys and values for each query head would copy the whole cache at every step.
         q = q.reshape(B, T, kv, group * d).transpose(1, 2).reshape(B * kv, T * group, d)
         k, v = k.flatten(0, 1), v.flatten(0, 1)                           # (B * kv, past + T, d)
         # mask + q k^T / sqrt(d), (B * kv, T * group, past + T). scaled_dot_product_attention is the
@@ -212,8 +212,9 @@ class Llama(nn.Module):
 
     def positions_and_mask(self, tokens, cache):
         """Positions of the tokens, (B, T), and the mask that is added to their scores: 0 where they
-        may look, -inf elsewhere, (B * kv heads, T * group, past + T). Without padding all rows are
-        the same, and the first dimension of both is 1.
+        may look, -inf elsewhere, (B * kv heads, T * group, past + T). Without padding both are the
+        same for all rows of the batch, and their first dimension is 1; for a single token so is the
+        mask's second one.
 
             may look       key 0  1  2        (two tokens after one in the cache)
             token 1            x  x
@@ -231,11 +232,11 @@ class Llama(nn.Module):
         keys = torch.arange(past + T, device=device)
         positions, visible = columns[None], (keys <= columns[:, None])[None]     # causal
         if start is not None:
-            positions = (columns - start[:, None]).clamp(min=0)       # of padding: any would do
+            positions = (columns - start[:, None]).clamp(min=0)        # padding's does not matter
             # A padding column may see itself, only so that its softmax is not 0 / 0.
             itself = keys == columns[:, None]
             visible = visible & ((keys >= start[:, None, None]) | itself)         # (B, T, past + T)
-            visible = visible.repeat_interleave(config.num_key_value_heads, 0)    # the same for all
+            visible = visible.repeat_interleave(config.num_key_value_heads, 0)    # for all kv heads
         mask = torch.zeros(visible.shape, device=device, dtype=dtype)
         mask = mask.masked_fill(~visible, float("-inf"))
         group = config.num_attention_heads // config.num_key_value_heads
@@ -346,11 +347,11 @@ def tempered(logits, temperature):
 
 def nucleus(p, top_p):
     """p (N, V) -> (values, ids), both (N, K), the largest first: the tokens that top-p keeps, and
-    their probabilities, rescaled to sum to 1. The rest of the K columns has the value 0; its ids
-    are other tokens, or V, which is no token.
+    their probabilities, rescaled to sum to 1. The other columns hold the value 0, and an id that
+    does not count: V, which is no token, or one that was cut. K is 256, 4,096 or V.
 
-    To sort 49,152 entries in each row costs more than the model, and the largest 256 nearly always
-    reach top_p. A row where they do not is tried again with 4,096, and then with all V.
+    To sort 49,152 entries in each row costs more than the model's pass, and the largest 256 nearly
+    always reach top_p. A row where they do not is tried again with 4,096, and then with all V.
     """
     V = p.shape[-1]
     values, ids = p.topk(min(256, V))
@@ -361,7 +362,8 @@ def nucleus(p, top_p):
         more = width - values.shape[-1]
         values, ids = F.pad(values, (0, more)), F.pad(ids, (0, more), value=V)
         values[unfinished], ids[unfinished] = p[unfinished].topk(width)
-    values = values * (values.cumsum(-1) - values < top_p)    # kept if those before do not reach it
+    # A token is kept if the mass before it is below top_p.
+    values = values * (values.cumsum(-1) - values < top_p)
     return values / values.sum(-1, keepdim=True), ids
 
 
