@@ -506,7 +506,7 @@ def parse():
     files.machine_flags(parser)
     args = parser.parse_args()
     if (args.target is None) != (args.draft is None):
-        raise ValueError("--target and --draft: give both, or neither for the tiny trained pair")
+        raise ValueError("--target and --draft belong together: give both, or neither")
     args.first = args.prompt is None and not args.chat and not args.bench
     if args.prompt is not None and not args.prompt.strip():
         raise ValueError("--prompt is empty: give the text to answer")

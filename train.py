@@ -371,9 +371,9 @@ def require_finite(value, step, out):
     """ValueError if a loss, or its gradient, is infinite or no number. Asked before each step and
     each save, so what is saved is sound."""
     if not math.isfinite(value):
-        kept = "the last" if (out / "training.pt").is_file() else "no"
-        raise ValueError(f"the loss or its gradient is {value} at step {step}; {out} holds {kept} "
-                         f"good checkpoint; start again with a lower --learning-rate, or --clip 1")
+        kept = "keeps the last" if (out / "training.pt").is_file() else "has no"
+        raise ValueError(f"the loss or its gradient is {value} at step {step}; {out} {kept} good "
+                         f"checkpoint; start again with a lower --learning-rate, or --clip 1")
 
 
 def copy_tokenizer(source, folder):
