@@ -496,6 +496,11 @@ def load(folder, device="cpu", dtype=torch.float32, vocab_size=None):
             weights.update(load_file(folder / name))
         except SafetensorError as error:
             raise ValueError(f"{folder / name}: damaged or cut short ({error})") from None
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    if config.tie_word_embeddings and head in weights:    # one matrix, under either name or both
+        if not torch.equal(weights.setdefault(embedding, weights[head]), weights[head]):
+            raise ValueError(f"{folder}: config.json has tie_word_embeddings true, but {head} is "
+                             f"not {embedding}; set it to false")
     # Very old files also hold tables that are computed here; a tied head is the embedding.
     unused = ("rotary_emb.inv_freq", "lm_head.weight" if config.tie_word_embeddings else "-")
     weights = {name: weight.to(device=device, dtype=dtype) for name, weight in weights.items()

@@ -141,8 +141,8 @@ def read_examples(path, tok, context, task=None):
             continue
         ids, ended = record.get("response_ids"), record.get("ended", True)
         messages = record.get("messages")
-        if ids is None and isinstance(record.get("response"), str):
-            ids = tok.encode(record["response"])
+        if ids is None and isinstance(record.get("response"), str) and isinstance(messages, list):
+            ids = tok.answer_ids(messages, record["response"])
         if not (isinstance(ids, list) and isinstance(ended, bool) and isinstance(messages, list)):
             raise ValueError(f"{path}, record {number}: needs messages and response_ids (with "
                              f"ended) or response, as distill.py generate writes them")
