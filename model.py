@@ -19,7 +19,6 @@ Source of the architecture: Llama 2 (Touvron et al., 2023, arXiv 2307.09288), se
 """
 
 import json
-import math
 import platform
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -559,17 +558,17 @@ def read_config(folder):
                              f"with {key} {value!r}")
     # transformers 5 writes rope_parameters, older ones rope_scaling and a rope_theta of its own.
     rope = keys.get("rope_parameters") or keys.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
     if kind != "default":
-        raise ValueError(f"{path}: rotary scaling {kind!r} is not supported, only 'default'")
+        raise ValueError(f"{path}: rotary scaling {rope!r} is not supported, only 'default'")
     known = {field.name: keys[field.name] for field in fields(Config) if field.name in keys}
+    known["rope_theta"] = rope.get("rope_theta", keys.get("rope_theta", 10000.0))
     for key, value in known.items():
         if not valid(key, value):
             raise ValueError(f"{path}: {key} is {value!r}; copy the file again")
     # What LlamaConfig means where a file leaves these out. (A missing size shows in the weights.)
     known.setdefault("tie_word_embeddings", False)
     known.setdefault("rms_norm_eps", 1e-6)
-    known["rope_theta"] = float(rope.get("rope_theta", keys.get("rope_theta", 10000.0)))
     return Config(**known)
 
 
@@ -578,12 +577,13 @@ def valid(key, value):
     if key == "tie_word_embeddings":
         return isinstance(value, bool)
     if key in ("rms_norm_eps", "rope_theta"):
-        return isinstance(value, (int, float)) and 0 < value < math.inf
+        return isinstance(value, (int, float)) and 0 < value < 1e30
     if key.endswith("_token_id"):
         ids = value if isinstance(value, list) else [] if value is None else [value]
         return all(type(i) is int and i >= 0 for i in ids)
     optional = value is None and key in ("num_key_value_heads", "head_dim")
-    return optional or (type(value) is int and 0 < value < 2 ** 31)
+    limit = 2 ** 31 if key in ("vocab_size", "max_position_embeddings") else 2 ** 18
+    return optional or (type(value) is int and 0 < value < limit)
 
 
 def save(llama, folder, dtype=None):

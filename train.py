@@ -348,7 +348,7 @@ def read_checkpoint(folder, settings):
         state = torch.load(path, map_location="cpu", weights_only=True)
         made_with = state["settings"]
     except Exception as error:  # torch raises any of five kinds for a damaged file
-        raise ValueError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]}); "
+        raise ValueError(f"{path}: not a readable checkpoint ({repr(error).splitlines()[0]}); "
                          f"move {folder} away and start again") from None
     old, new = made_with.get, settings.get
     differing = [f"{name} was {old(name)}, now {new(name)}"
