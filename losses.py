@@ -501,8 +501,6 @@ def main():
     args = parser.parse_args()
     if not all(0.05 <= level < 1 for level in args.levels):
         parser.error(f"--levels {args.levels}: expected overlaps of at least 0.05 and below 1")
-    if args.out.is_dir():
-        parser.error(f"--out {args.out} is a folder: give the name of a picture")
     torch.set_num_threads(1)                      # small tensors: a second thread only waits
     table = {}                                    # (label, level) -> noise of 1, 4 and 16 samples
     for level in args.levels:
@@ -528,7 +526,10 @@ def main():
             scale = mu * (1 - mu) if whiten else 1.0
             print("{:34} {:15.2f} {:11.2f} {:11.2f}   {:19.4f} {:11.4f} {:11.4f}".format(
                 label, *noise, float(variance[0] / scale), *variance[1:]))
-    draw_table(args.out, table, args.levels)
+    try:
+        draw_table(args.out, table, args.levels)
+    except OSError as error:
+        parser.error(f"--out {args.out}: {error}")
     print(f"\nwrote {args.out}")
 
 

@@ -510,6 +510,8 @@ def parse():
     args.first = args.prompt is None and not args.chat and not args.bench
     if args.prompt is not None and not args.prompt.strip():
         raise ValueError("--prompt is empty: give the text to answer")
+    if args.prompt:                              # UTF-8, also where the terminal says it is ASCII
+        args.prompt = os.fsencode(args.prompt).decode("utf-8", "replace")
     if args.target is None:
         args.target, args.draft = TINY / "target", TINY / "drafter-aligned"
         args.threads = args.threads or 1         # for so small a model a second one would only wait
