@@ -501,6 +501,8 @@ def main():
     args = parser.parse_args()
     if not all(0.05 <= level < 1 for level in args.levels):
         parser.error(f"--levels {args.levels}: expected overlaps of at least 0.05 and below 1")
+    if args.out.is_dir():
+        parser.error(f"--out {args.out} is a folder: give the name of a picture")
     torch.set_num_threads(1)                      # small tensors: a second thread only waits
     table = {}                                    # (label, level) -> noise of 1, 4 and 16 samples
     for level in args.levels:

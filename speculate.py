@@ -383,14 +383,14 @@ def chat(pair, args, style):
             return
         messages.append({"role": "user", "content": line})
         room = target.config.max_position_embeddings - args.max_new_tokens
+        if len(tok.chat_prompt(messages[-1:])) > room:
+            print(f"(too long: at most {room} tokens fit; send less, or lower --max-new-tokens)")
+            del messages[-1]
+            continue
         while len(messages) > 1 and len(tok.chat_prompt(messages)) > room:
             del messages[:2]
             print("(the context is full: the oldest exchange is forgotten)")
-        try:
-            messages.append({"role": "assistant", "content": answer(pair, messages, args, style)})
-        except ValueError as error:                   # one message that alone is too long
-            messages.pop()
-            print(f"({error})")
+        messages.append({"role": "assistant", "content": answer(pair, messages, args, style)})
 
 
 # ---- Benchmark ---------------------------------------------------------------------------------
