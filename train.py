@@ -364,7 +364,7 @@ def keep_log_until(path, step):
     done again."""
     files.trim_partial_line(path)
     rows = files.read_jsonl(path) if path.is_file() else []
-    files.write_jsonl(path, [row for row in rows if row["step"] < step])
+    files.write_jsonl(path, [row for row in rows if row.get("step", step) < step])
 
 
 def require_finite(value, step, out):

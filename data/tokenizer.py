@@ -541,15 +541,19 @@ def train(texts, folder, vocab_size):
     """Train a SentencePiece tokenizer with chat markers on an iterable of texts; write its folder.
 
     Byte fallback: any character can be written, if need be byte by byte, so there is no unknown
-    token in practice. One thread and no sampling: same texts, same bytes.
+    token in practice. One thread and no sampling: same texts, same bytes. ValueError if they are
+    too few.
     """
     import sentencepiece
 
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-        byte_fallback=True, num_threads=1, character_coverage=1.0, unk_id=0, bos_id=-1, eos_id=-1,
-        pad_id=-1, control_symbols=CONTROLS, minloglevel=2)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_writer=model, model_type="bpe", num_threads=1,
+            vocab_size=vocab_size, byte_fallback=True, character_coverage=1.0, unk_id=0, bos_id=-1,
+            eos_id=-1, pad_id=-1, control_symbols=CONTROLS, minloglevel=2)
+    except (RuntimeError, ValueError) as error:               # too little text, or no text at all
+        raise ValueError(f"no tokenizer of {vocab_size} pieces from these texts: {error}") from None
     # Without "bos_token": null transformers invents a token <s>, one more than the model has.
     config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": False,
               "bos_token": None, "unk_token": "<unk>", "eos_token": "<|end|>",
