@@ -62,9 +62,10 @@ def distillation_backward(draft, target, states, batch, loss, scale=1.0, chunk=2
     acceptance rate before this step.
 
     With a draft vocabulary both distributions are taken over its tokens, and over a sample of other
-    tokens, an eighth as many, drawn anew at each step. The rows of the head that belong to these
-    others do not change (see align); but the hidden states learn to keep their logits low. Other
-    programs use the whole head: there a token that was never trained could win otherwise.
+    tokens, an eighth as many, drawn anew at each step (so this alpha is a little too high). The
+    rows of the head that belong to these others do not change (see align); but the hidden states
+    learn to keep their logits low. Without this, a token that was never trained could win in other
+    programs, which use the whole head.
     """
     tokens, answer = train.collate(batch, draft.embed_tokens.weight.device)
     hidden, target_states = draft.hidden(tokens)[answer], states.read(batch)             # (N, D)
@@ -78,7 +79,7 @@ def distillation_backward(draft, target, states, batch, loss, scale=1.0, chunk=2
     def logits(rows):
         return F.linear(hidden[rows], head), F.linear(target_states[rows], target_head)
 
-    # What a loss must know of all positions before it is given some: tvd++ the mean reward.
+    # What a loss must know of all positions before it is given some; tvd++ needs the mean reward.
     options = losses.step_options(loss, len(hidden), chunk, logits)
     alphas = []
 
@@ -128,12 +129,12 @@ def align(draft, target, states, training, held_out, pretraining, tok, args):
     # The paper mixes 9 : 1. With the default batch of 9 that is one window of text per step.
     share = args.pretrain_fraction if pretraining is not None else 0.0
     windows = max(1, round(args.batch_size * share / (1 - share))) if share else 0
-    # The head's rows of tokens outside the draft vocabulary stay as they are. (Where the head is
-    # the embedding, too, so do these tokens' embeddings.) They are drawn too seldom to be learnt.
+    # The head's rows of tokens outside the draft vocabulary stay as they are (if head and embedding
+    # are one matrix, these tokens' embeddings stay, too): they are drawn too seldom to be learnt.
     # But Adam divides a gradient by its usual size, so even a small and rare one makes a full step,
     # and weight decay shrinks a row without any gradient: hence the rows are written back.
     fixed = never_proposed(draft).to(device)
-    kept = draft.head_weight().detach()[fixed]
+    kept = draft.head_weight().detach()[fixed]        # a copy
 
     for step in run.steps():
         batch, more = train.batch_at(training, args.batch_size, args.seed, step), {}
@@ -144,7 +145,7 @@ def align(draft, target, states, training, held_out, pretraining, tok, args):
                 text = pretrain_text.sample(pretraining, windows, args.pretrain_context, generator)
                 text_loss = train.next_token_loss_backward(draft, text.to(device), scale=share)
                 more["pretrain_loss"] = text_loss.item()
-        draft.head_weight().grad[fixed] = 0
+        draft.head_weight().grad[fixed] = 0           # else it would count in the clipping
         run.update(value, sum(e.count for e in batch), alpha=alpha, **more)
         draft.head_weight().data[fixed] = kept
     return run.value
@@ -264,15 +265,16 @@ class TargetStates:
 
 @torch.inference_mode()
 def generate_batch(target, prompts, temperatures, top_p, max_new_tokens, stop_ids, generator):
-    """Sample one answer to each prompt, all together; yields (row, response_ids, ended, states) as
-    answers end.
+    """Sample one answer to each prompt, all together; yields (the prompt's number, response_ids,
+    ended, states) as answers end.
 
     prompts: lists of ids. temperatures: one each. ended: whether a stop token came (it is not
     in response_ids) before max_new_tokens. states (N, D), half precision: the last hidden states
     that the answer's tokens, and the stop token, were drawn from.
     """
     device, dtype = target.embed_tokens.weight.device, target.embed_tokens.weight.dtype
-    answers, rows = [[] for _ in prompts], list(range(len(prompts)))    # the prompt of each row
+    answers = [[] for _ in prompts]
+    rows = list(range(len(prompts)))              # each row's prompt; None: it has ended
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     width = int(lengths.max())
     # Padded on the left, so that all rows write their next token into the same column.
@@ -295,7 +297,7 @@ def generate_batch(target, prompts, temperatures, top_p, max_new_tokens, stop_id
             if ended or step == max_new_tokens - 1:
                 yield rows[i], answers[rows[i]], ended, states[i, :step + 1]
                 rows[i] = None
-        # Rows that have ended leave, an eighth or more at a time, since this copies the cache.
+        # Rows that have ended leave, an eighth or more at a time: each time the cache is copied.
         if rows.count(None) >= len(rows) / 8:
             going_on = [i for i, row in enumerate(rows) if row is not None]
             if not going_on:

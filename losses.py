@@ -258,10 +258,11 @@ def least_variance(rewards, p, q, mu):
     """The constant that minimises the variance at each position, E_q[r |s|^2] / E_q[|s|^2].
     Unbiased.
 
-    The mean of (r - b) s does not depend on b, so the variance is smallest where E|(r - b) s|^2 is:
-    set its derivative in b to 0. In the draft logits s(x) = e_x - q, where e_x is 1 at x and 0
-    elsewhere, so |s(x)|^2 = (1 - q(x))^2 + the other q^2 = 1 - 2 q(x) + sum q^2. Rare tokens have
-    long scores and count more than in the expected reward.
+    The mean of (r - b) s does not depend on b, so its variance (summed over the logits) is smallest
+    where E|(r - b) s|^2 is smallest: at this b the derivative, -2 E[(r - b) |s|^2], is 0. In the
+    draft logits s(x) = e_x - q, where e_x is 1 at x and 0 elsewhere, so |s(x)|^2 = (1 - q(x))^2 +
+    the other q^2 = 1 - 2 q(x) + sum q^2. Rare tokens have long scores and count more than in the
+    expected reward.
     """
     weight = q * (1 - 2 * q + q.pow(2).sum(-1, keepdim=True))
     rewarded = torch.where(p > q, weight, 0.0).sum(-1, keepdim=True)
@@ -340,8 +341,8 @@ def begin_step(rewards, baseline=None):
 
 @torch.no_grad()
 def step_options(loss, count, chunk, logits):
-    """Keyword options (a dict) with which `loss` is to be called on each `chunk` of the `count`
-    positions, so that the sum is that of one call on all of them.
+    """A list of dicts, one for each `chunk` of the `count` positions: the keyword options to call
+    `loss` with there, so that the losses are those of one call on all positions.
 
     The logits (N, V) of a whole step do not fit into memory at once, but mu and sigma need all
     positions. So the pieces are gone through once here, for their rewards alone, and then once more
@@ -527,7 +528,10 @@ def main():
             scale = mu * (1 - mu) if whiten else 1.0
             print("{:34} {:15.2f} {:11.2f} {:11.2f}   {:19.4f} {:11.4f} {:11.4f}".format(
                 label, *noise, float(variance[0] / scale), *variance[1:]))
-    draw_table(args.out, table, args.levels)
+    try:
+        draw_table(args.out, table, args.levels)
+    except OSError as error:
+        parser.error(f"--out {args.out}: {error}")
     print(f"\nwrote {args.out}")
 
 

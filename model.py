@@ -19,7 +19,6 @@ Source of the architecture: Llama 2 (Touvron et al., 2023, arXiv 2307.09288), se
 """
 
 import json
-import math
 import platform
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -78,9 +77,9 @@ class Attention(nn.Module):
         k, v = k.transpose(1, 2), v.transpose(1, 2)                               # (B, kv, T, d)
         if cache is not None:
             k, v = cache.append(layer, k, v)                               # (B, kv, past + T, d)
-        # The query heads that share a key head become further rows of one matrix: row t * group + g
-        # is token t in query head g. So one product serves them all; to repeat keys and values for
-        # each query head would copy the whole cache at every step.
+        # The query heads that share a key head are neighbours. They become rows of one matrix: row
+        # t * group + g is token t in the g-th of them. So one product serves them all; to repeat
+        # keys and values for each query head would copy the whole cache at every step.
         q = q.reshape(B, T, kv, group * d).transpose(1, 2).reshape(B * kv, T * group, d)
         k, v = k.flatten(0, 1), v.flatten(0, 1)                           # (B * kv, past + T, d)
         # mask + q k^T / sqrt(d), (B * kv, T * group, past + T). scaled_dot_product_attention is the
@@ -212,8 +211,9 @@ class Llama(nn.Module):
 
     def positions_and_mask(self, tokens, cache):
         """Positions of the tokens, (B, T), and the mask that is added to their scores: 0 where they
-        may look, -inf elsewhere, (B * kv heads, T * group, past + T). Without padding all rows are
-        the same, and the first dimension of both is 1.
+        may look, -inf elsewhere, (B * kv heads, T * group, past + T). Without padding both are the
+        same for all rows of the batch, and their first dimension is 1; for a single token so is the
+        mask's second one.
 
             may look       key 0  1  2        (two tokens after one in the cache)
             token 1            x  x
@@ -231,11 +231,11 @@ class Llama(nn.Module):
         keys = torch.arange(past + T, device=device)
         positions, visible = columns[None], (keys <= columns[:, None])[None]     # causal
         if start is not None:
-            positions = (columns - start[:, None]).clamp(min=0)       # of padding: any would do
+            positions = (columns - start[:, None]).clamp(min=0)        # padding's does not matter
             # A padding column may see itself, only so that its softmax is not 0 / 0.
             itself = keys == columns[:, None]
             visible = visible & ((keys >= start[:, None, None]) | itself)         # (B, T, past + T)
-            visible = visible.repeat_interleave(config.num_key_value_heads, 0)    # the same for all
+            visible = visible.repeat_interleave(config.num_key_value_heads, 0)    # for all kv heads
         mask = torch.zeros(visible.shape, device=device, dtype=dtype)
         mask = mask.masked_fill(~visible, float("-inf"))
         group = config.num_attention_heads // config.num_key_value_heads
@@ -346,11 +346,11 @@ def tempered(logits, temperature):
 
 def nucleus(p, top_p):
     """p (N, V) -> (values, ids), both (N, K), the largest first: the tokens that top-p keeps, and
-    their probabilities, rescaled to sum to 1. The rest of the K columns has the value 0; its ids
-    are other tokens, or V, which is no token.
+    their probabilities, rescaled to sum to 1. The other columns hold the value 0, and an id that
+    does not count: V, which is no token, or one that was cut. K is 256, 4,096 or V.
 
-    To sort 49,152 entries in each row costs more than the model, and the largest 256 nearly always
-    reach top_p. A row where they do not is tried again with 4,096, and then with all V.
+    To sort 49,152 entries in each row costs more than the model's pass, and the largest 256 nearly
+    always reach top_p. A row where they do not is tried again with 4,096, and then with all V.
     """
     V = p.shape[-1]
     values, ids = p.topk(min(256, V))
@@ -361,7 +361,8 @@ def nucleus(p, top_p):
         more = width - values.shape[-1]
         values, ids = F.pad(values, (0, more)), F.pad(ids, (0, more), value=V)
         values[unfinished], ids[unfinished] = p[unfinished].topk(width)
-    values = values * (values.cumsum(-1) - values < top_p)    # kept if those before do not reach it
+    # A token is kept if the mass before it is below top_p.
+    values = values * (values.cumsum(-1) - values < top_p)
     return values / values.sum(-1, keepdim=True), ids
 
 
@@ -494,6 +495,11 @@ def load(folder, device="cpu", dtype=torch.float32, vocab_size=None):
             weights.update(load_file(folder / name))
         except SafetensorError as error:
             raise ValueError(f"{folder / name}: damaged or cut short ({error})") from None
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    if config.tie_word_embeddings and head in weights:    # one matrix, under either name or both
+        if not torch.equal(weights.setdefault(embedding, weights[head]), weights[head]):
+            raise ValueError(f"{folder}: config.json has tie_word_embeddings true, but {head} is "
+                             f"not {embedding}; set it to false")
     # Very old files also hold tables that are computed here; a tied head is the embedding.
     unused = ("rotary_emb.inv_freq", "lm_head.weight" if config.tie_word_embeddings else "-")
     weights = {name: weight.to(device=device, dtype=dtype) for name, weight in weights.items()
@@ -552,17 +558,17 @@ def read_config(folder):
                              f"with {key} {value!r}")
     # transformers 5 writes rope_parameters, older ones rope_scaling and a rope_theta of its own.
     rope = keys.get("rope_parameters") or keys.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
     if kind != "default":
-        raise ValueError(f"{path}: rotary scaling {kind!r} is not supported, only 'default'")
+        raise ValueError(f"{path}: rotary scaling {rope!r} is not supported, only 'default'")
     known = {field.name: keys[field.name] for field in fields(Config) if field.name in keys}
+    known["rope_theta"] = rope.get("rope_theta", keys.get("rope_theta", 10000.0))
     for key, value in known.items():
         if not valid(key, value):
             raise ValueError(f"{path}: {key} is {value!r}; copy the file again")
     # What LlamaConfig means where a file leaves these out. (A missing size shows in the weights.)
     known.setdefault("tie_word_embeddings", False)
     known.setdefault("rms_norm_eps", 1e-6)
-    known["rope_theta"] = float(rope.get("rope_theta", keys.get("rope_theta", 10000.0)))
     return Config(**known)
 
 
@@ -571,12 +577,13 @@ def valid(key, value):
     if key == "tie_word_embeddings":
         return isinstance(value, bool)
     if key in ("rms_norm_eps", "rope_theta"):
-        return isinstance(value, (int, float)) and 0 < value < math.inf
+        return isinstance(value, (int, float)) and 0 < value < 1e30
     if key.endswith("_token_id"):
         ids = value if isinstance(value, list) else [] if value is None else [value]
         return all(type(i) is int and i >= 0 for i in ids)
     optional = value is None and key in ("num_key_value_heads", "head_dim")
-    return optional or (type(value) is int and 0 < value < 2 ** 31)
+    limit = 2 ** 31 if key in ("vocab_size", "max_position_embeddings") else 2 ** 18
+    return optional or (type(value) is int and 0 < value < limit)
 
 
 def save(llama, folder, dtype=None):

@@ -40,10 +40,10 @@ def speculative_stream(target, draft, tokens, max_new_tokens, gamma, temperature
                        eos_ids=(), generator=None, verify="token", choose=None):
     """Speculative decoding; yields the Generation, grown by one block at a time.
 
-    `text` is the prompt and all new tokens, as ids. Each cache always holds the beginning of it, so
-    what a model must read next is text[cache.length:]. This is all the index arithmetic there is.
-    It also works when all guesses were kept: then the drafter has two tokens to read, its own last
-    guess and the target's token.
+    `text` is the prompt and all new tokens, as ids. Between blocks each cache holds the beginning
+    of it, so what a model must read next is text[cache.length:]. This is all the index arithmetic
+    there is. It also works when all guesses were kept: then the drafter has two tokens to read, its
+    own last guess and the target's token.
     """
     check_inputs(target, draft, tokens, max_new_tokens, gamma, temperature, top_p)
     text = tokens[0].tolist()
@@ -79,8 +79,9 @@ def speculative_stream(target, draft, tokens, max_new_tokens, gamma, temperature
         following = model.sample(follow[None], generator).item()
         text += made.add(guesses, int(kept), following, q, p, eos_ids)
 
-        # (5) Each cache forgets what was not kept. The newest token is still to be read by both,
-        #     and the drafter may be one more behind: it has not read its last guess.
+        # (5) Each cache forgets what was not kept. The newest token is still to be read by both.
+        #     The drafter may have read less: it never reads its own last guess, and nothing in a
+        #     block without guesses. A length must never grow here.
         target_cache.length = len(text) - 1
         draft_cache.length = min(draft_cache.length, len(text) - 1)
         yield made
@@ -111,9 +112,9 @@ def verify_block(guesses, q, p, coins):
     in verify_token; the same rule where gamma is 1, or p and q are one-hot. (Sun et al., 2024,
     arXiv 2403.10444.)
 
-    w is the chance that the guesses up to i may stand together: one that p likes better than q
-    makes up for an earlier one that p likes less. h is the chance to keep i guesses if no more are
-    kept: such that the draw after it, from max(0, w p - q), fills up exactly what is missing of p.
+    w is the chance that at least i guesses are kept: a guess that p likes better than q makes up
+    for an earlier one that p likes less. h is the chance to keep i guesses if no more are kept,
+    chosen so that the token drawn next, from max(0, w p - q), adds exactly what is missing of p.
     After the last guess there is no more, so h = w there. Each i has its own coin, and the last i
     whose coin is below h wins: a refusal in the middle need not end the block. The proof is in the
     paper; tests/test_speculate.py enumerates it.
@@ -124,6 +125,7 @@ def verify_block(guesses, q, p, coins):
         h = w
         if i < gamma:
             left = (w * p[i] - q[i]).clamp(min=0).sum().item()
+            # 0 / 0: then w is 1 and p = q, and the next guess is sure to be kept, too.
             h = left / (left + (1 - w)) if left + (1 - w) > 0 else 1.0
         if coins[i - 1].item() < h:
             kept, w_kept = i, w
@@ -161,7 +163,7 @@ class Generation:
     blocks: list = field(default_factory=list)   # (guesses written, guesses kept) of each block
     target_calls: int = 0                        # passes of the target after the prompt's
     accepted: int = 0                            # guesses that were kept
-    drafted: int = 0                             # guesses examined: the kept and the refused one
+    drafted: int = 0                             # guesses examined, up to the first refusal
     overlap: float = 0.0                         # sum of sum_x min(p, q) over the examined places
     cut: bool = False                            # the last block ended at a guess: an end token
 
@@ -265,9 +267,10 @@ def auto_gamma(draft_cost, pass_costs):
     kept independently with probability alpha. alpha is measured on this text and fades back to 1/2
     over some twenty blocks, so a drafter that was given up may be tried again.
 
-    A useless drafter must cost next to nothing. `lost` is what was spent beyond plain decoding.
-    Each token lowers it by 0.015 steps, and no block is chosen that could bring it above 3 steps.
-    It never falls below 0: what earlier blocks saved is no credit.
+    A useless drafter must cost next to nothing. `lost` is what its blocks cost beyond plain
+    decoding, in steps. A token pays for itself, one step, and for 0.015 of the debt, and no block
+    is chosen that could bring the debt above 3. It never falls below 0: what earlier blocks saved
+    is no credit.
     """
     def cost(gamma):
         return gamma * draft_cost + pass_costs[gamma + 1]
@@ -380,14 +383,14 @@ def chat(pair, args, style):
             return
         messages.append({"role": "user", "content": line})
         room = target.config.max_position_embeddings - args.max_new_tokens
+        if len(tok.chat_prompt(messages[-1:])) > room:
+            print(f"(too long: at most {room} tokens fit; send less, or lower --max-new-tokens)")
+            del messages[-1]
+            continue
         while len(messages) > 1 and len(tok.chat_prompt(messages)) > room:
             del messages[:2]
             print("(the context is full: the oldest exchange is forgotten)")
-        try:
-            messages.append({"role": "assistant", "content": answer(pair, messages, args, style)})
-        except ValueError as error:                   # one message that alone is too long
-            messages.pop()
-            print(f"({error})")
+        messages.append({"role": "assistant", "content": answer(pair, messages, args, style)})
 
 
 # ---- Benchmark ---------------------------------------------------------------------------------
@@ -505,10 +508,12 @@ def parse():
     files.machine_flags(parser)
     args = parser.parse_args()
     if (args.target is None) != (args.draft is None):
-        raise ValueError("--target and --draft: give both, or neither for the tiny trained pair")
+        raise ValueError("--target and --draft belong together: give both, or neither")
     args.first = args.prompt is None and not args.chat and not args.bench
     if args.prompt is not None and not args.prompt.strip():
         raise ValueError("--prompt is empty: give the text to answer")
+    if args.prompt:                              # UTF-8, also where the terminal says it is ASCII
+        args.prompt = os.fsencode(args.prompt).decode("utf-8", "replace")
     if args.target is None:
         args.target, args.draft = TINY / "target", TINY / "drafter-aligned"
         args.threads = args.threads or 1         # for so small a model a second one would only wait

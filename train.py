@@ -75,7 +75,7 @@ def backward_in_chunks(hidden, head, chunk, loss_at):
     keep d loss / d hidden, let the logits go, and at the end send the whole gradient back through
     the layers once. The same sums; only the order of additions differs.
     """
-    # Copies without a history (leaves of the graph): backward() stops there, at their .grad.
+    # The same numbers without a history (leaves of the graph): backward() stops at their .grad.
     hidden_leaf, head_leaf = (x.detach().requires_grad_() for x in (hidden, head))
     total = 0.0
     for at in range(0, len(hidden), chunk):
@@ -83,7 +83,8 @@ def backward_in_chunks(hidden, head, chunk, loss_at):
         loss = loss_at(F.linear(hidden_leaf[rows], head_leaf), rows)
         loss.backward()
         total = total + loss.detach()
-    # Go on from the cut: hidden's gradient runs through the layers, head's into the weight.
+    # Go on from the cut: hidden's gradient runs through the layers, head's into the weight, or into
+    # those rows of it that were taken.
     torch.autograd.backward([hidden, head], [hidden_leaf.grad, head_leaf.grad])
     return total
 
@@ -139,8 +140,8 @@ def read_examples(path, tok, context, task=None):
             continue
         ids, ended = record.get("response_ids"), record.get("ended", True)
         messages = record.get("messages")
-        if ids is None and isinstance(record.get("response"), str):
-            ids = tok.encode(record["response"])
+        if ids is None and isinstance(record.get("response"), str) and isinstance(messages, list):
+            ids = tok.answer_ids(messages, record["response"])
         if not (isinstance(ids, list) and isinstance(ended, bool) and isinstance(messages, list)):
             raise ValueError(f"{path}, record {number}: needs messages and response_ids (with "
                              f"ended) or response, as distill.py generate writes them")
@@ -282,9 +283,10 @@ class Run:
     def steps(self):
         """Yield the number s of each step that is to be done, 0 to args.steps - 1.
 
-        One turn: evaluate and save what s updates have made; yield, where the caller makes its
-        batch, its gradients and the update; write the row of the log, which so has the evaluation
-        before the update and the loss of its batch. A last turn only evaluates and saves.
+        One turn: evaluate and save, where that is due, what s updates have made; yield, where the
+        caller makes its batch, its gradients and the update; write a row of the log, with the
+        evaluation before the update and the loss of its batch. A last turn evaluates, saves and
+        logs, without an update.
         """
         args, began = self.args, time.monotonic() - self.seconds
         begin, seen = self.step, self.seen
@@ -321,8 +323,7 @@ class Run:
         """Clip, step, and log `loss` and whatever else is given; refuse what is not finite."""
         limit = self.args.clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.llama.parameters(), limit)
-        require_finite(loss, self.step, self.out)
-        require_finite(norm.item(), self.step, self.out, "the gradient's norm")
+        require_finite(loss + norm.item(), self.step, self.out)
         self.optimiser.step()
         self.optimiser.zero_grad()
         self.seen += seen
@@ -351,7 +352,7 @@ def read_checkpoint(folder, settings):
         state = torch.load(path, map_location="cpu", weights_only=True)
         made_with = state["settings"]
     except Exception as error:  # torch raises any of five kinds for a damaged file
-        raise ValueError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]}); "
+        raise ValueError(f"{path}: not a readable checkpoint ({repr(error).splitlines()[0]}); "
                          f"move {folder} away and start again") from None
     files.require_same(path, made_with, settings)
     return state
@@ -362,16 +363,16 @@ def keep_log_until(path, step):
     done again."""
     files.trim_partial_line(path)
     rows = files.read_jsonl(path) if path.is_file() else []
-    files.write_jsonl(path, [row for row in rows if row["step"] < step])
+    files.write_jsonl(path, [row for row in rows if row.get("step", step) < step])
 
 
-def require_finite(value, step, out, what="the loss"):
-    """ValueError if it is infinite or no number. Asked before each step and each save, so what is
-    saved is sound."""
+def require_finite(value, step, out):
+    """ValueError if a loss, or its gradient, is infinite or no number. Asked before each step and
+    each save, so what is saved is sound."""
     if not math.isfinite(value):
-        kept = "the last" if (out / "training.pt").is_file() else "no"
-        raise ValueError(f"{what} is {value} at step {step}; {out} holds {kept} good checkpoint; "
-                         f"start again elsewhere, with a lower --learning-rate or longer --warm-up")
+        kept = "keeps the last" if (out / "training.pt").is_file() else "has no"
+        raise ValueError(f"the loss or its gradient is {value} at step {step}; {out} {kept} good "
+                         f"checkpoint; start again with a lower --learning-rate, or --clip 1")
 
 
 def copy_tokenizer(source, folder):

@@ -60,8 +60,7 @@ def prompts(count, seed, tasks):
         text = form.format(**chosen)
         repeated = repeated + 1 if text in rows else 0
         if repeated == 1000:
-            raise ValueError(f"--count {count}: after {len(rows)} prompts no new one was found; "
-                             f"ask for fewer, or add to the lists")
+            raise ValueError(f"--count {count}: only {len(rows)} are different; ask for fewer")
         rows.setdefault(text, task)
     return [{"task": task, "prompt": text} for text, task in rows.items()]
 

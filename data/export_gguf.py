@@ -78,8 +78,7 @@ def add_tokenizer(folder, writer, rows):
         unused = [-1e6] * (rows - len(pieces))
         writer.add_token_scores([score for _, score, _ in pieces] + unused)
     if max(tokens) >= rows:
-        raise ValueError(f"{folder}: the tokenizer has {max(tokens) + 1} tokens, the embedding "
-                         f"only {rows} rows")
+        raise ValueError(f"{folder}: {max(tokens) + 1} tokens, the embedding only {rows} rows")
     tokens = [tokens.get(i, (f"[PAD{i}]", TokenType.UNUSED)) for i in range(rows)]
     writer.add_tokenizer_model("llama" if name == "default" else "gpt2")
     writer.add_tokenizer_pre(name)
@@ -107,13 +106,11 @@ def export(folder, out):
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if config["model_type"] != "llama" or rope.get("rope_type", "default") != "default":
         raise ValueError(f"{folder}: only Llama models with plain rotary positions can be written")
-    rows, layers = len(weights["model.embed_tokens.weight"]), config["num_hidden_layers"]
+    rows, tied = len(weights["model.embed_tokens.weight"]), config.get("tie_word_embeddings")
     heads = {"attn_q": config["num_attention_heads"]}
     heads["attn_k"] = config.get("num_key_value_heads") or heads["attn_q"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads["attn_q"]
-    if config.get("tie_word_embeddings"):
-        weights.pop("lm_head.weight", None)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
     with files.atomic(out) as temporary:
         writer = gguf.GGUFWriter(temporary, "llama")
         writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
@@ -121,7 +118,7 @@ def export(folder, out):
         writer.add_context_length(config["max_position_embeddings"])
         writer.add_embedding_length(config["hidden_size"])
         writer.add_feed_forward_length(config["intermediate_size"])
-        writer.add_block_count(layers)
+        writer.add_block_count(config["num_hidden_layers"])
         writer.add_head_count(heads["attn_q"])
         writer.add_head_count_kv(heads["attn_k"])
         writer.add_key_length(head_dim)
@@ -131,7 +128,7 @@ def export(folder, out):
         writer.add_layer_norm_rms_eps(config.get("rms_norm_eps", 1e-6))
         add_tokenizer(folder, writer, rows)
         for name, weight in weights.items():
-            if not name.endswith("rotary_emb.inv_freq"):          # which follows from the config
+            if not (name == "lm_head.weight" and tied or name.endswith("rotary_emb.inv_freq")):
                 writer.add_tensor(*gguf_tensor(names, name, weight, heads))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

@@ -163,19 +163,18 @@ def write_tokens(out, documents, sources, tok, eval_fraction, seed):
 def read(folder, tok, context):
     """The tokens of folder's train.bin and eval.bin: two uint16 arrays, mapped from the files.
 
-    ValueError if a file is missing, not of this tokenizer (ids mean nothing without it), or
-    shorter than one window of context + 1 tokens.
+    ValueError or OSError if a file is missing, not of this tokenizer (ids mean nothing without it),
+    or shorter than one window of context + 1 tokens.
     """
-    meta, *paths = [Path(folder) / name for name in ("meta.json", "train.bin", "eval.bin")]
-    for path in (meta, *paths):
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file; python data/pretrain_text.py writes it")
+    meta = Path(folder, "meta.json")
+    if not meta.is_file():
+        raise ValueError(f"{meta}: no such file; python data/pretrain_text.py writes it")
     fingerprint = files.read_json(meta).get("tokenizer_fingerprint")
     if fingerprint != tok.fingerprint:
         raise ValueError(f"{folder} was written with tokenizer {fingerprint}, but {tok.folder} is "
                          f"{tok.fingerprint}: write the token files again with this tokenizer")
     arrays = []
-    for path in paths:
+    for path in (Path(folder, "train.bin"), Path(folder, "eval.bin")):
         size = path.stat().st_size
         if size % 2 or size // 2 <= context:
             raise ValueError(f"{path}: {size} bytes; expected two a token and more than --context "
@@ -208,12 +207,10 @@ def spread(tokens, context, count):
 
 def main():
     parser = files.Parser(description=__doc__)
-    files.add_flags(
-        parser,
-        ("tokenizer", Path("models/smollm2-135m-instruct"), Path, "folder with the tokenizer"),
-        ("out", Path("out/pretrain"), Path, "folder to write"),
-        ("eval-fraction", 0.01, "(0, 0.5]", "share of documents held out"),
-        ("seed", 0, "[0, 9e18]", "same packages, same seed, same bytes"))
+    files.add_flags(parser, ("out", Path("out/pretrain"), Path, "folder to write"),
+                    ("tokenizer", Path("models/smollm2-135m-instruct"), Path, "target's folder"),
+                    ("eval-fraction", 0.01, "(0, 0.5]", "share of documents held out"),
+                    ("seed", 0, "[0, 9e18]", "same packages, same seed, same bytes"))
     parser.add_argument("--documents", type=Path, nargs="*", default=[],
                         help="records of distill.py generate --documents, added")
     args = parser.parse_args()

@@ -31,32 +31,32 @@ STAGES = {"target-base": "target, pretraining", "target": "target, chat tuning (
 
 def report(args):
     """Table and picture of a folder with the logs and benchmarks of `make demo`."""
-    rows = {}                         # (drafter, task, temperature, gamma): a row of the benchmark
+    rows = {name: {} for name in DRAFTERS}   # rows[drafter][task, temperature, gamma]: its figures
     for name in DRAFTERS:
         for path in sorted(args.dir.glob(f"bench-{name}-*.json")):
             for row in files.read_json(path)["rows"]:
                 if row["task"] != "all":
-                    rows[name, row["task"], row["temperature"], row["gamma"]] = row
+                    rows[name][row["task"], row["temperature"], row["gamma"]] = row
     logs = {name: files.read_jsonl(args.dir / name / "log.jsonl")
             for name in (*STAGES, "drafter-aligned")}
-    cases = [case for name, *case in rows if name == "base"]
-    if not cases or any(("aligned", *case) not in rows for case in cases):
+    cases = list(rows["base"])
+    if not cases or not rows["base"].keys() <= rows["aligned"].keys():
         raise ValueError(f"{args.dir}: holds no benchmarks of the same tasks in bench-base-*.json "
                          f"and bench-aligned-*.json: run make demo")
-    for task, temperature, gamma in cases:
-        print(f"\n{task}; temperature {temperature:g}, gamma {gamma}, "
-              f"{rows['base', task, temperature, gamma]['prompts']} prompts")
+    for case in cases:
+        print("\n{}; temperature {:g}, gamma {}, {} prompts".format(
+            *case, rows["base"][case]["prompts"]))
         for name, label in DRAFTERS.items():
-            if row := rows.get((name, task, temperature, gamma)):
+            if case in rows[name]:
                 print("  {:40} tau {tau:.2f}  alpha {alpha:.3f} ({alpha_low:.3f} to "
                       "{alpha_high:.3f})  speed-up {speedup:.2f} ({speedup_low:.2f} to "
-                      "{speedup_high:.2f})".format(label, **row))
+                      "{speedup_high:.2f})".format(label, **rows[name][case]))
     draw(args.out, logs, rows, cases)
     print(f"\nwrote {args.out}")
-    base, aligned = rows["base", *cases[0]], rows["aligned", *cases[0]]
-    if args.check and not aligned["alpha_low"] > base["alpha_high"]:
-        raise ValueError("alignment did not raise alpha beyond its interval: up to {:.3f} before, "
-                         "from {:.3f} after".format(base["alpha_high"], aligned["alpha_low"]))
+    before, after = rows["base"][cases[0]]["alpha_high"], rows["aligned"][cases[0]]["alpha_low"]
+    if args.check and not after > before:
+        raise ValueError(f"alignment did not raise alpha beyond its interval: up to {before:.3f} "
+                         f"before, from {after:.3f} after")
 
 
 def draw(path, logs, rows, cases):
@@ -76,11 +76,11 @@ def draw(path, logs, rows, cases):
                     title="Alignment", ylim=(0, 1))
     gamma = min(case[2] for case in cases)              # one gamma: taus of two do not compare
     shown = [case for case in cases if case[2] == gamma]
-    present = [name for name in DRAFTERS if any(key[0] == name for key in rows)]
+    present = [name for name in DRAFTERS if rows[name]]
     for k, name in enumerate(present):
         at = np.arange(len(shown)) + (k - (len(present) - 1) / 2) * 0.27
-        bars = tau_panel.bar(at, [rows[name, *case]["tau"] for case in shown], 0.25,
-                             label=DRAFTERS[name])
+        taus = [rows[name][case]["tau"] for case in shown]
+        bars = tau_panel.bar(at, taus, 0.25, label=DRAFTERS[name])
         tau_panel.bar_label(bars, fmt="%.2f", fontsize=8)
     tau_panel.axhline(1, color="grey", linewidth=0.8)
     tau_panel.set_xticks(range(len(shown)), [f"{task}\nT = {t:g}" for task, t, _ in shown])
@@ -129,7 +129,8 @@ def draw_curves(path, curves):
 def draw_runs(path, folders):
     """Held-out acceptance rate against answer positions seen, of fine-tunings that each went on
     from the one before."""
-    (drawing, axes), before = figure(7, 4), 0
+    drawing, axes = figure(7, 4)
+    before = 0
     for folder in folders:
         log = files.read_jsonl(folder / "log.jsonl")
         seen, alphas = curve(log, "positions", "held_out_alpha")
@@ -161,29 +162,29 @@ def bench_row(task, gamma, runs, args, verify_cost, draft_cost, size):
     drawn = table[picks].sum(1)
     speedup_low, speedup_high = interval((drawn[:, 3] / drawn[:, 4]) / (drawn[:, 0] / drawn[:, 1]))
     texts, first = [b for _, (b, _, _) in runs], len(runs)     # the prompt's pass gave each a token
-    calls, whole = sum(b.target_calls for b in texts), np.zeros(gamma + 1, int)
-    for b in texts:                               # whole blocks: neither cut nor shortened
-        for length, kept in b.blocks[:-1] if b.cut else b.blocks:
-            whole[kept] += length == gamma
+    calls = sum(b.target_calls for b in texts)
+    # How many guesses each whole block kept, one that was neither cut nor shortened.
+    whole = [kept for b in texts for length, kept in (b.blocks[:-1] if b.cut else b.blocks)
+             if length == gamma]
     tau = (new - first) / calls if calls else None
-    row = {"task": task, "gamma": gamma, "temperature": args.temperature, "top_p": args.top_p,
-           "prompts": len(runs), "new_tokens": int(new), "tau": tau, "alpha": None,
-           "alpha_low": None, "alpha_high": None, "alpha_analytic": None,
-           "mbsu": tau and tau / (size * gamma + 1), "plain_tokens_per_s": plain / plain_s,
-           "speculative_tokens_per_s": new / new_s, "speedup": (new / new_s) / (plain / plain_s),
-           "speedup_low": speedup_low, "speedup_high": speedup_high, "decoding_speedup": None,
-           "speedup_predicted": tau and tau / (gamma * draft_cost + verify_cost),
-           "greedy_mismatches": None, "kept_histogram": whole.tolist()}
-    if calls:
-        row["decoding_speedup"] = (new - first) / new_behind / ((plain - first) / plain_behind)
+    decoding = (new - first) / new_behind / ((plain - first) / plain_behind) if calls else None
+    alpha = analytic = alpha_low = alpha_high = mismatches = None
     if args.verify == "token" and drafted:        # the block rule knows no first refusal
-        alphas = drawn[drawn[:, 7] > 0]
-        row["alpha"] = accepted / drafted
-        row["alpha_analytic"] = sum(b.overlap for b in texts) / drafted
-        row["alpha_low"], row["alpha_high"] = interval(alphas[:, 6] / alphas[:, 7])
+        alpha, analytic = accepted / drafted, sum(b.overlap for b in texts) / drafted
+        some = drawn[drawn[:, 7] > 0]
+        alpha_low, alpha_high = interval(some[:, 6] / some[:, 7])
     if args.temperature == 0:
-        row["greedy_mismatches"] = sum(a.tokens != b.tokens for (a, *_), (b, *_) in runs)
-    return row
+        mismatches = sum(a.tokens != b.tokens for (a, *_), (b, *_) in runs)
+    return {
+        "task": task, "gamma": gamma, "temperature": args.temperature, "top_p": args.top_p,
+        "prompts": len(runs), "new_tokens": int(new), "tau": tau, "alpha": alpha,
+        "alpha_low": alpha_low, "alpha_high": alpha_high, "alpha_analytic": analytic,
+        "mbsu": tau and tau / (size * gamma + 1), "plain_tokens_per_s": plain / plain_s,
+        "speculative_tokens_per_s": new / new_s, "speedup": (new / new_s) / (plain / plain_s),
+        "speedup_low": speedup_low, "speedup_high": speedup_high, "decoding_speedup": decoding,
+        "speedup_predicted": tau and tau / (gamma * draft_cost + verify_cost),
+        "greedy_mismatches": mismatches,
+        "kept_histogram": [whole.count(kept) for kept in range(gamma + 1)]}
 
 
 def print_bench(result, args):
@@ -230,8 +231,7 @@ def mean_and_interval(values):
     if len(values) == 1:
         return float(values[0]), math.nan
     student = STUDENT[min(len(values) - 1, len(STUDENT)) - 1]
-    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return float(np.mean(values)), student * error
+    return float(np.mean(values)), student * float(np.std(values, ddof=1)) / math.sqrt(len(values))
 
 
 def print_comparison(names, runs):

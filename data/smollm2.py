@@ -105,22 +105,25 @@ SIZES = {"vocab_size": "vocab_size", "hidden_size": "embedding_length",
 def model_config(field, tied):
     """config.json of the GGUF's fields."""
     theta = float(field("llama.rope.freq_base"))
-    epsilon = field("llama.attention.layer_norm_rms_epsilon")
     return {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
         "dtype": "float16", "torch_dtype": "float16", "attention_bias": False, "mlp_bias": False,
         "initializer_range": 0.041666666666666664,
         **{key: field(f"llama.{name}") for key, name in SIZES.items()},
-        "rms_norm_eps": float(f"{epsilon:.6g}"),                          # GGUF keeps it in fp32
+        # GGUF keeps it in fp32.
+        "rms_norm_eps": float(f"{field('llama.attention.layer_norm_rms_epsilon'):.6g}"),
         "rope_theta": theta, "rope_parameters": {"rope_type": "default", "rope_theta": theta},
         "tie_word_embeddings": tied, **special_ids(field)}
 
 
+# Hugging Face's names of special tokens, and GGUF's.
+SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+
+
 def special_ids(field):
     """The ids of special tokens, as config.json and generation_config.json name them."""
-    names = {"bos": "bos", "eos": "eos", "pad": "padding"}
-    return {f"{ours}_token_id": field(f"tokenizer.ggml.{theirs}_token_id")
-            for ours, theirs in names.items()}
+    return {f"{name}_token_id": field(f"tokenizer.ggml.{SPECIAL[name]}_token_id")
+            for name in ("bos", "eos", "pad")}
 
 
 def tokenizer_files(field):
@@ -140,17 +143,16 @@ def tokenizer_files(field):
     bpe.decoder = decoders.ByteLevel()
     bpe.add_special_tokens([AddedToken(token, normalized=False, special=True)
                             for token, kind in zip(tokens, types) if kind == TokenType.CONTROL])
-    named = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
               "add_prefix_space": False, "model_max_length": field("llama.context_length"),
               "chat_template": field("tokenizer.chat_template"),
-              **{key: tokens[field(f"tokenizer.ggml.{name}_token_id")]
-                 for key, name in named.items()}}
+              **{f"{name}_token": tokens[field(f"tokenizer.ggml.{ggufs}_token_id")]
+                 for name, ggufs in SPECIAL.items()}}
     return json.loads(bpe.to_str()), config
 
 
 def convert(gguf, out):
-    """Write the Hugging Face folder `out` from the GGUF file."""
+    """Write the Hugging Face folder `out` from the GGUF file that fetch_gguf() checked."""
     from gguf import GGUFReader
 
     reader = GGUFReader(gguf)
@@ -158,8 +160,6 @@ def convert(gguf, out):
     def field(key):
         return reader.fields[key].contents()
 
-    if field("tokenizer.ggml.pre") != "smollm" or field("general.architecture") != "llama":
-        raise ValueError(f"{gguf}: not a SmolLM2 file; this script knows only that one")
     tensors, (tokenizer, tokenizer_config) = tensors_of(reader, field), tokenizer_files(field)
     written = {"config.json": model_config(field, "lm_head.weight" not in tensors),
                "tokenizer.json": tokenizer, "tokenizer_config.json": tokenizer_config,

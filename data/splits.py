@@ -109,8 +109,7 @@ def main():
     for index, match, kind, words in findings:
         (path, number, _), (other, its, _) = training[index], held_out[match]
         print(f"{path} row {number} ~ {other} row {its}: {kind}: {words}")
-    print(f"{len(training)} training rows, {len(held_out)} held-out prompts: {len(findings)} near "
-          f"copies")
+    print(f"{len(training)} training rows, {len(held_out)} held out: {len(findings)} near copies")
     if args.drop:
         offenders = {index for index, *_ in findings}
         kept = [row for index, (*_, row) in enumerate(training) if index not in offenders]

@@ -178,7 +178,7 @@ def test_everyday_instructions_are_different_whole_and_the_same_for_a_seed(tmp_p
     files.write_jsonl(tmp_path / "everyday.jsonl", rows)
     assert len(files.read_prompts(tmp_path / "everyday.jsonl")) == 600
     assert {row["task"] for row in everyday.prompts(50, 1, ["code", "open"])} == {"code", "open"}
-    with pytest.raises(ValueError, match="no new one was found; ask for fewer"):
+    with pytest.raises(ValueError, match="are different; ask for fewer"):
         everyday.prompts(2000, 1, ["code"])
 
 

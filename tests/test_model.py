@@ -502,6 +502,20 @@ def test_a_folder_of_the_older_fp32_conversion_is_made_again(tmp_path, monkeypat
     assert "older conversion" in done.stdout
 
 
+def test_a_tied_head_is_read_under_either_name_and_another_one_is_refused(tmp_path):
+    llama = tiny_llama(3, vocab=30, tied=True)
+    model.save(llama, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    embedding = weights.pop("model.embed_tokens.weight")
+    for extra in ({"lm_head.weight": embedding}, {"model.embed_tokens.weight": embedding,
+                                                  "lm_head.weight": embedding.clone()}):
+        save_file(weights | extra, tmp_path / "model.safetensors")
+        assert torch.equal(model.load(tmp_path).embed_tokens.weight, llama.embed_tokens.weight)
+    save_file(weights | extra | {"lm_head.weight": embedding + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="tie_word_embeddings true, but lm_head.weight is not"):
+        model.load(tmp_path)
+
+
 # ---- Padded embeddings -------------------------------------------------------------------------
 
 @pytest.mark.parametrize("tied", [True, False])

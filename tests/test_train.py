@@ -462,7 +462,7 @@ def test_an_existing_model_is_not_overwritten(run, refused, tmp_path):
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(
         run, refused, monkeypatch, tmp_path):
-    assert "is empty" in refused("--learning-rate", "1e25", out=tmp_path / "hot")
+    assert "no good checkpoint" in refused("--learning-rate", "1e25", out=tmp_path / "hot")
     assert not (tmp_path / "hot" / "training.pt").exists()
 
     losses, real = [], train.next_token_loss_backward
