@@ -86,9 +86,9 @@ $(S)/bench: $(S)/drafter-aligned $(S)/drafter-more
 
 # The pair that comes with the code, data/tiny_world/: what `make demo` trained, in fp16.
 pair: demo
-	for name in target drafter-base drafter-aligned; do $(RUN) -c "import model, torch, train; \
+	for name in target drafter-base drafter-aligned; do $(RUN) -c "import model, torch; from data import tokenizer; \
 		model.save(model.load('$(D)/$$name'), 'data/tiny_world/$$name', torch.float16); \
-		train.copy_tokenizer('$(D)/$$name', 'data/tiny_world/$$name')" || exit 2; done
+		tokenizer.copy('$(D)/$$name', 'data/tiny_world/$$name')" || exit 2; done
 
 test: .venv/ready
 	$(RUN) -m pytest -q -rs

@@ -124,7 +124,7 @@ def align(draft, target, states, training, held_out, pretraining, tok, args):
     autocast = torch.autocast(device.type, states.dtype, enabled=states.dtype != torch.float32)
     run = train.Run(args, draft, settings, "positions", "held_out_alpha",
                     lambda: acceptance(draft, target, states, held_out), generator, memory)
-    train.copy_tokenizer(args.draft, args.out)
+    tokenizer.copy(args.draft, args.out)
     # The loss is (1 - share) * distillation + share * plain text, and rows are in the same ratio.
     # The paper mixes 9 : 1. With the default batch of 9 that is one window of text per step.
     share = args.pretrain_fraction if pretraining is not None else 0.0
@@ -230,14 +230,13 @@ class TargetStates:
     p = softmax(head(state)), so a state of 576 half-precision numbers stands for a distribution
     over 49,152: after the first pass over the data the target costs only its head. Kept in the
     cache folder, one file per record, named after the record's tokens, in a folder named after all
-    else that decides them: the content of the target's folder, the decoder's code, and the dtype.
+    else that decides them: the content of the target's folder, and the dtype.
     """
 
     def __init__(self, target, folder, dtype):
         self.target, self.dtype = target, dtype
         # With the dtype: bfloat16 leaves its rounding in them.
-        key = files.fingerprint(Path(folder), Path(model.__file__), str(dtype))
-        self.folder = files.cache_dir("target-states", key)
+        self.folder = files.cache_dir("target-states", files.fingerprint(Path(folder), str(dtype)))
         files.remove_leftovers(self.folder)
 
     def path(self, example):
@@ -428,8 +427,6 @@ def claim(args, *written):
     settings = files.settings(args, "target", "temperatures", "top_p", "max_new_tokens",
                               "per_prompt", "seed", "dtype", "instruction_temperature",
                               "max_instruction_tokens", "openings")
-    settings["source"] = next(name for name in ("prompts", "self_instruct", "documents")
-                              if getattr(args, name))
     for path in filter(Path.exists, written):
         if not kept.is_file():
             raise ValueError(f"{path} has no {kept.name} beside it, so how it was made is unknown: "
@@ -445,7 +442,6 @@ def generate(args):
     instructions = args.out.with_suffix(".instructions.jsonl")
     claim(args, *[args.out, instructions][:1 + bool(args.self_instruct)])
     prompts = files.read_prompts(args.prompts) if args.prompts else None
-    stop_ids = ()
     device, dtype = files.set_up(args)
     tok = tokenizer.load(args.target)
     target = model.load(args.target, device, dtype, tok.vocab_size).for_decoding()
@@ -457,7 +453,7 @@ def generate(args):
     elif args.documents:
         # Only the token that separates documents: what comes is like what it was pretrained on.
         prompts = [{"task": "document", "messages": []}] * args.documents
-        stop_ids = [tok.document_id]
+    stop_ids = [tok.document_id] if args.documents else ()
     states = TargetStates(target, args.target, dtype) if args.keep_states else None
     write_records(target, tok, prompts, args.out, args.seed, args.temperatures, args.per_prompt,
                   args.top_p, args.max_new_tokens, args.batch_size, stop_ids, states)

@@ -17,7 +17,6 @@ a row, the loss on the answer only. That is how the tiny world's target becomes 
 import dataclasses
 import json
 import math
-import shutil
 import time
 from pathlib import Path
 
@@ -375,18 +374,6 @@ def require_finite(value, step, out):
                          f"checkpoint; start again with a lower --learning-rate, or --clip 1")
 
 
-def copy_tokenizer(source, folder):
-    """Copy the tokenizer's files from one model folder into another, which then opens in
-    transformers by itself."""
-    for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "vocab.json",
-                 "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-                 "merges.txt", "generation_config.json"):
-        path, copy = Path(source) / name, Path(folder) / name
-        if path.is_file() and path.resolve() != copy.resolve():
-            with files.atomic(copy) as temporary:
-                shutil.copyfile(path, temporary)
-
-
 def training_flags(parser, steps, batch_size, context, eval_every, learning_rate=None):
     """Add the flags that all trainings have, with these defaults. No learning rate: the caller sets
     it, and whether to resume."""
@@ -450,13 +437,6 @@ def leading_directions(embedding, width):
     return (E @ directions[:, -width:]).float(), (energy[-width:].sum() / energy.sum()).item()
 
 
-def stated_context(folder):
-    """The context in tokens that the tokenizer's folder states; 2048 where it states none."""
-    path = Path(folder) / "tokenizer_config.json"
-    stated = path.is_file() and files.read_json(path).get("model_max_length")
-    return int(stated) if stated and stated < 10 ** 6 else 2048   # 10^30 stands for "unknown"
-
-
 def build(args, tok):
     """The model to train: a preset with the tokenizer's vocabulary, or the model of --init."""
     if given := args.init or args.embed_from:
@@ -470,7 +450,7 @@ def build(args, tok):
     llama = model.Llama(model.Config(
         vocab_size=tok.vocab_size, bos_token_id=tok.bos_id, pad_token_id=tok.pad_id,
         eos_token_id=eos if len(eos) > 1 else tok.eos_id,
-        max_position_embeddings=max(args.context, stated_context(tok.folder)),
+        max_position_embeddings=max(args.context, tok.context),
         **PRESETS[args.model]))
     if args.embed_from:
         embedding = source.embed_tokens.weight.detach()
@@ -543,7 +523,7 @@ def train(args):
             return evaluate(llama, evaluation)
 
     run = Run(args, llama, settings, "tokens", "eval_loss", measure, generator)
-    copy_tokenizer(args.tokenizer, args.out)
+    tokenizer.copy(args.tokenizer, args.out)
     rows = args.batch_size * args.accumulate
     each = rows * (size / len(training) if args.chat else args.context)
     print(f"{llama.parameter_count() / 1e6:.2f} M parameters; {args.steps} steps of {each:,.0f} "

@@ -54,6 +54,10 @@ def atomic(path):
         os.umask(mask := os.umask(0))
         os.chmod(temporary, 0o666 & ~mask)    # as open() does; safetensors lets only the owner read
         os.replace(temporary, path)      # in one step: a reader sees the old file or the new one
+    except ValueError:
+        raise
+    except Exception as error:           # if the disk is full each library has a kind of its own
+        raise OSError(f"{path}: could not be written ({error})") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -21,6 +21,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 import sys
 import traceback
 from datetime import datetime
@@ -65,12 +66,25 @@ def load_pair(target, draft):
     return tok
 
 
+def copy(source, folder):
+    """Copy the tokenizer's files from one model folder into another, which then opens in
+    transformers by itself."""
+    for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "vocab.json",
+                 "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+                 "merges.txt", "generation_config.json"):
+        path, other = Path(source) / name, Path(folder) / name
+        if path.is_file() and path.resolve() != other.resolve():
+            with files.atomic(other) as temporary:
+                shutil.copyfile(path, temporary)
+
+
 class Tokenizer:
     """Text to ids and back. Ids are ints in [0, vocab_size).
 
     eos_ids: tokens that end a turn. eos_id, the first of them, is the one that the chat template
     writes after an answer, or the folder's own end token where the template writes none.
-    document_id separates plain documents. controls: {text: id} of the tokens that no typed text
+    document_id separates plain documents. context: the tokens that the folder says it is made for,
+    2048 if it says nothing. controls: {text: id} of the tokens that no typed text
     becomes. fingerprint: equal for two tokenizers exactly if every id means the same in both.
     """
 
@@ -88,6 +102,8 @@ class Tokenizer:
             raise ValueError(f"{self._path}: with the added tokens, the ids of its {len(ids)} "
                              f"tokens are not 0 to {len(ids) - 1}; copy the folder's files again")
         self.fingerprint = hashlib.sha256(json.dumps(self._pieces).encode()).hexdigest()[:16]
+        stated = config.get("model_max_length") or 10 ** 30           # 10^30 stands for "unknown"
+        self.context = int(stated) if stated < 10 ** 6 else 2048
         self._template = ChatTemplate(self.folder, config, named)
         self.chat_template = self._template.source
 
