@@ -502,7 +502,7 @@ def parse():
     add("--max-new-tokens", type=number("[1, inf)", int), help="default 256; --bench 128")
     add("--limit", type=number("[0, inf)", int), default=0, metavar="N",
         help="--bench: N prompts of each task (default: all)")
-    add("--json", type=Path, metavar="OUT", help="--bench: write the figures there")
+    add("--json", type=Path, metavar="OUT", help="--bench: file of figures (OUT.part till its end)")
     add("--trace", default="auto", choices=["auto", *MARKS],
         help="how tokens are told apart (auto: brackets with NO_COLOR, plain in a pipe)")
     files.machine_flags(parser)
