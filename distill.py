@@ -155,11 +155,9 @@ def deciding(args, training, held_out):
     """All that a fine-tuning's result depends on, as a dict. If it is not the same, --resume
     refuses to go on, and compare trains again. (--threads and --device only change rounding.)"""
     names = (*train.DECIDING, "target", "draft", "loss", "samples", "baseline", "chunk",
-             "draft_vocabulary", "pretrain_fraction", "pretrain_context")
-    text = args.pretrain_data and args.pretrain_fraction and args.pretrain_data / "train.bin"
+             "draft_vocabulary", "pretrain_data", "pretrain_fraction", "pretrain_context")
     return files.settings(args, *names) | {
         "data": train.fingerprint(training, held_out),
-        "pretrain_data": text and files.fingerprint(text),
         "loss's file": files.fingerprint(losses.file_of(args.loss))}
 
 
@@ -217,9 +215,8 @@ def draft_vocabulary(examples, size, tok):
 
 def never_proposed(draft):
     """The ids of the tokens that the drafter's draft vocabulary leaves out."""
-    outside = torch.zeros(draft.config.vocab_size, dtype=torch.bool)
+    outside = torch.full((draft.config.vocab_size,), draft.draft_vocabulary is not None)
     if draft.draft_vocabulary is not None:
-        outside[:] = True
         outside[draft.draft_vocabulary.cpu()] = False
     return outside.nonzero().flatten()
 
@@ -527,8 +524,7 @@ def measure(target, tok, states, answers, prompts, args, draft):
         chosen = [p for p in prompts if p["task"] == task][:args.prompts]
         for gamma in args.gamma:
             row[f"tau {gamma}, {task}"] = mean_tau(target, draft, tok, chosen, gamma, 0.0)
-            sampled = mean_tau(target, draft, tok, chosen, gamma, 1.0)
-            row[f"tau {gamma} at T = 1, {task}"] = sampled
+            row[f"tau {gamma} at T = 1, {task}"] = mean_tau(target, draft, tok, chosen, gamma, 1.0)
     return row
 
 

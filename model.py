@@ -174,7 +174,7 @@ class Llama(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
@@ -258,10 +258,6 @@ class Llama(nn.Module):
         whole = logits.new_full((*logits.shape[:-1], self.config.vocab_size), float("-inf"))
         return whole.scatter_(-1, ids.expand_as(logits), logits)
 
-    def whole_head(self, hidden):
-        """hidden (..., D) -> logits (..., V), also of tokens outside a draft vocabulary."""
-        return F.linear(hidden, self.head_weight())
-
     def head_weight(self, ids=None):
         """(V, D), tied or not; with ids (K,) only their rows (K, D)."""
         tied = self.config.tie_word_embeddings
@@ -275,6 +271,14 @@ class Llama(nn.Module):
     def for_decoding(self):
         """A model for decoding that shares norms and embedding with this one: see below."""
         return decoding_copy(self)
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding, which on the meta device would import torch's compiler: 1.3 seconds."""
+
+    def reset_parameters(self):
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
 
 class KVCache:
@@ -600,7 +604,6 @@ def save(llama, folder, dtype=None):
     keys = asdict(llama.config)
     keys |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
              "dtype": name, "torch_dtype": name, "attention_bias": False, "mlp_bias": False,
-             "initializer_range": 0.02,
              "rope_parameters": {"rope_type": "default", "rope_theta": llama.config.rope_theta}}
     weights = {name: weight.detach().to("cpu", dtype).contiguous()
                for name, weight in split_weights(llama).items()}

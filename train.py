@@ -58,7 +58,8 @@ def next_token_loss(llama, tokens, answer=None):
     """
     answer = torch.ones_like(tokens, dtype=torch.bool) if answer is None else answer
     hidden = llama.hidden(tokens[:, :-1])[answer[:, :-1]]                                 # (N, D)
-    return F.cross_entropy(llama.whole_head(hidden).float(), tokens[:, 1:][answer[:, :-1]])
+    logits = F.linear(hidden, llama.head_weight())           # also outside a draft vocabulary
+    return F.cross_entropy(logits.float(), tokens[:, 1:][answer[:, :-1]])
 
 
 def backward_in_chunks(hidden, head, chunk, loss_at):

@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import TARGET, run_script, tiny_llama
 from safetensors.torch import load_file, save_file
 
@@ -221,7 +222,7 @@ def test_a_draft_vocabulary_is_kept_on_disk_and_leaves_no_probability_elsewhere(
     model.save(llama, tmp_path)
     for weight in llama.parameters():
         weight.copy_(weight.half())
-    whole = llama.whole_head(llama.hidden(tokens))
+    whole = F.linear(llama.hidden(tokens), llama.head_weight())
     model.save(llama, tmp_path)
     for loaded in (model.load(tmp_path), model.load(tmp_path).for_decoding()):
         logits = loaded(tokens)
