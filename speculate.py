@@ -253,8 +253,8 @@ def check_inputs(target, draft, tokens, max_new_tokens, gamma, temperature, top_
         raise ValueError(f"max_new_tokens {max_new_tokens}, gamma {gamma}, temperature "
                          f"{temperature} or top_p {top_p} is out of bounds")
     if draft is not None and draft.config.vocab_size != target.config.vocab_size:
-        raise ValueError(f"the drafter knows {draft.config.vocab_size} tokens, the target "
-                         f"{target.config.vocab_size}: they must share a tokenizer")
+        raise ValueError(f"{draft.config.vocab_size} and {target.config.vocab_size} tokens: a "
+                         f"drafter must share its target's tokenizer")
 
 
 # ---- gamma chosen block by block ---------------------------------------------------------------

@@ -101,7 +101,7 @@ def test_random_bytes_never_raise_anything_but_one_sentence(content, tmp_path):
 def test_an_interrupted_atomic_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(RuntimeError):
+    with pytest.raises(OSError, match="a.txt: could not be written"):
         with files.atomic(path) as temporary:
             temporary.write_text("half of the n")
             raise RuntimeError

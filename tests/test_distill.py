@@ -224,7 +224,7 @@ def test_a_target_or_openings_of_the_same_name_and_other_content_are_refused(
     model.save(model.load(folders / "draft"), target)
     with pytest.raises(ValueError, match="target was content"):
         generate(monkeypatch, folders, out, "--resume", *flags)
-    with pytest.raises(ValueError, match="source was prompts, now documents"):
+    with pytest.raises(ValueError, match="record 00000.0 answers another prompt"):
         call(monkeypatch, "generate", "--target", folders / "target", "--documents", 3,
              "--out", out, "--resume", "--openings", openings, "--max-new-tokens", 12)
     assert out.read_bytes() == whole
@@ -683,7 +683,7 @@ def test_cached_states_give_the_targets_distributions_back():
     data = TARGET.parent.parent / "data"
     tok, target = tokenizer.load(TARGET), model.load(TARGET).requires_grad_(False)
     draft = model.load(data / "smollm2-drafter")
-    examples = train.read_examples(data / "smollm2-records.jsonl.gz", tok, 512)[::400]
+    examples = train.read_examples(data / "smollm2-records.jsonl.gz", tok, 512)[::900]
     kl, exact, cached, count = 0.0, 0.0, 0.0, 0
     states = distill.TargetStates(target, TARGET, torch.bfloat16)
     for e in examples:
@@ -698,7 +698,7 @@ def test_cached_states_give_the_targets_distributions_back():
             count += e.count
     kl, exact, cached = kl / count, exact / count, cached / count
     print(f"{count} positions: KL {kl:.1e}, alpha {exact:.4f} against {cached:.4f}", end=" ")
-    assert count > 1000 and kl < 1e-3 and abs(exact - cached) < 1e-3
+    assert count > 500 and kl < 1e-3 and abs(exact - cached) < 1e-3
 
 
 # ---- Report and compare, in the tiny world -----------------------------------------------------

@@ -854,7 +854,8 @@ def test_a_drafter_of_another_tokenizer_with_as_many_tokens_is_refused(folders, 
     texts = ["another text has other pieces altogether"] * 20
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_prefix=str(draft / "tokenizer"), vocab_size=vocab,
-        model_type="bpe", byte_fallback=True, hard_vocab_limit=False, minloglevel=2)
+        model_type="bpe", byte_fallback=True, hard_vocab_limit=False, minloglevel=2, pad_id=3,
+        control_symbols=["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"])
     done = run_script("speculate.py", "--target", folders / "target", "--draft", draft,
                       "--prompt", "a")
     assert_refused(done, "another tokenizer")
