@@ -250,8 +250,8 @@ def check_inputs(target, draft, tokens, max_new_tokens, gamma, temperature, top_
         raise ValueError(f"a prompt of {sizes[1]} tokens and {max_new_tokens} new ones exceed the "
                          f"target's context of {context}: shorten it or lower --max-new-tokens")
     if max_new_tokens < 1 or gamma < 0 or not (temperature >= 0 and 0 < top_p <= 1):
-        raise ValueError(f"max_new_tokens {max_new_tokens}, gamma {gamma}, temperature "
-                         f"{temperature} or top_p {top_p} is out of bounds")
+        raise ValueError(f"max_new_tokens {max_new_tokens} must be 1 or more, gamma {gamma} and "
+                         f"temperature {temperature} 0 or more, top_p {top_p} in (0, 1]")
     if draft is not None and draft.config.vocab_size != target.config.vocab_size:
         raise ValueError(f"{draft.config.vocab_size} and {target.config.vocab_size} tokens: a "
                          f"drafter must share its target's tokenizer")
