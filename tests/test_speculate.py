@@ -826,6 +826,22 @@ def test_chat_keeps_the_history_and_forgets_the_oldest_when_the_context_is_full(
     assert process.stderr.count("tau") == 6
 
 
+def test_chat_leaves_out_a_message_that_is_too_long_and_goes_on(folders):
+    lines = "hello there\n" + "hello " * 300 + "\nhello there\n\n"
+    process = script(folders, "--chat", "--max-new-tokens", 20, input=lines)
+    assert process.returncode == 0, process.stderr
+    assert "too long: at most 108 tokens fit" in process.stdout
+    assert "forgotten" not in process.stdout and process.stderr.count("tau") == 2
+
+
+def test_a_prompt_is_utf_8_even_where_the_terminal_is_said_to_be_ascii(folders):
+    """Python hands its bytes over as halves of surrogate pairs there, and stdout cannot show é."""
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"}
+    process = run_process("speculate.py", "--target", folders / "target", "--draft",
+                          folders / "draft", "--prompt", "gr\u00fc\u00dfe", env=environment)
+    assert process.returncode == 0, process.stderr
+
+
 def test_bad_input_is_one_sentence_and_exit_code_2(folders, tmp_path):
     assert_refused(script(folders, "--prompt", " ", run=run_process), "--prompt is empty")
     assert_refused(script(folders, "--prompt", "hello", "--gamma", 0), "--gamma is 0")
