@@ -87,6 +87,9 @@ def distillation_backward(draft, target, states, batch, loss, scale=1.0, chunk=2
         target_logits = F.linear(target_states[rows], target_head)                       # (n, K)
         alphas.append(losses.overlap(draft_logits.detach(), target_logits))
         value = loss(draft_logits, target_logits, **options[rows.start // chunk])
+        if value.shape != (len(draft_logits),):
+            raise ValueError(f"the loss has shape {tuple(value.shape)} for {len(draft_logits)} "
+                             f"positions: it must be one number for each")
         return scale * value.sum() / len(hidden)
 
     total = train.backward_in_chunks(hidden, head, chunk, loss_at)
@@ -529,8 +532,9 @@ def measure(target, tok, states, answers, prompts, args, draft):
 
 
 def options_of(name, args):
-    """--samples and --baseline, for the losses that take them."""
-    chosen = (args.samples, args.baseline) if name.endswith("-sampled") else (1, None)
+    """--samples and --baseline, for the losses that take them; if none does, they are refused."""
+    sampled = [name for name in args.losses if name.endswith("-sampled")]
+    chosen = (args.samples, args.baseline) if name in sampled or not sampled else (1, None)
     return dict(zip(("samples", "baseline"), chosen))
 
 

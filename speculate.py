@@ -353,8 +353,7 @@ def answer(pair, messages, args, style):
 
 def first_minute(pair, args, style):
     """One question to the pair, traced; the same text by plain decoding; what to try next."""
-    tok = pair[2]
-    question = "What does a rabbit look like?"
+    tok, question = pair[2], "What does a rabbit look like?"
     messages = [{"role": "user", "content": question}]
     timed(pair, args, tok.chat_prompt(messages), args.gamma[0], 0)                   # warms up
     print(f"\n{question}")

@@ -525,8 +525,7 @@ def train(args):
 
     run = Run(args, llama, settings, "tokens", "eval_loss", measure, generator)
     tokenizer.copy(args.tokenizer, args.out)
-    rows = args.batch_size * args.accumulate
-    each = rows * (size / len(training) if args.chat else args.context)
+    each = args.batch_size * args.accumulate * (size / len(training) if args.chat else args.context)
     print(f"{llama.parameter_count() / 1e6:.2f} M parameters; {args.steps} steps of {each:,.0f} "
           f"tokens: {args.steps * each / size:.2f} times over all {size:,}")
 

@@ -255,3 +255,28 @@ def test_a_students_file_may_hold_a_dataclass_and_may_not_end_the_program(tmp_pa
     path.write_text("import sys\nsys.exit(0)\n")
     with pytest.raises(ValueError, match="fails when read"):
         losses.choose(f"{path}:mine")
+
+
+def test_a_loss_that_is_a_scalar_later_on_is_refused_then():
+    """It passed the first try, on 64 positions; a scalar would be summed in silence."""
+    class States:
+        def read(self, batch):
+            return torch.randn(sum(e.count for e in batch), 8)
+
+    def fickle(draft_logits, target_logits):
+        loss = (draft_logits - target_logits.detach()).pow(2).sum(-1)
+        return loss if len(loss) == 64 else loss.mean()
+
+    losses.check(fickle, "mine.py:fickle")
+    target, draft = tiny_llama(0, vocab=7), tiny_llama(1, vocab=7).requires_grad_()
+    batch = [train.Example([1, 2, 3, 4, 5], 2)]
+    with pytest.raises(ValueError, match="one number for each"):
+        distill.distillation_backward(draft, target, States(), batch, fickle)
+
+
+def test_options_of_the_sampled_losses_are_refused_where_none_is_compared(capsys, tmp_path):
+    for flags in (["--baseline", "batch"], ["--samples", "4"]):
+        args = distill.make_parser().parse_args(["compare", "--losses", "kld", "tvd", *flags,
+                                                 "--out", str(tmp_path / "out")])
+        with pytest.raises(ValueError, match="for the sampled losses, not for kld"):
+            distill.compare(args)
