@@ -496,7 +496,7 @@ def compare(args):
         return one, files.read_jsonl(options.out / "log.jsonl")
 
     measured = functools.partial(measure, target, tok, states, answers[args.test], prompts, args)
-    runs, curves, best, before = [], {}, {}, measured(draft)
+    runs, curves, before = [], {}, measured(draft)
     print("before:  " + "  ".join(f"{k} {v:.3f}" for k, v in before.items()), flush=True)
     for name in args.losses:
         for rate in args.learning_rates:
@@ -504,11 +504,10 @@ def compare(args):
             runs.append({"loss": name, "learning_rate": rate, "seed": args.seed,
                          "dev_alpha": alpha})
             print(f"{name}: learning rate {rate:g}, development alpha {alpha:.4f}", flush=True)
-        tuned = [run for run in runs if run["loss"] == name]
-        best[name] = max(tuned, key=lambda run: run["dev_alpha"])["learning_rate"]
+        best = max((r["dev_alpha"], r["learning_rate"]) for r in runs if r["loss"] == name)[1]
         for seed in range(args.seed, args.seed + args.seeds):
-            one, log = trained(name, best[name], seed)
-            runs.append({"loss": name, "learning_rate": best[name], "seed": seed, **measured(one)})
+            one, log = trained(name, best, seed)
+            runs.append({"loss": name, "learning_rate": best, "seed": seed, **measured(one)})
             curves.setdefault(name, []).append([(row["step"], row["held_out_alpha"]) for row in log
                                                 if "held_out_alpha" in row])
             settings = {k: str(v) for k, v in vars(args).items() if k != "function"}
