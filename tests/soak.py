@@ -156,7 +156,7 @@ def kill_at_renames(name, work, expected, count):
 
 
 def kill_at_random(name, work, expected, kills, seconds, choose):
-    """Up to three kills a round, each at a random moment of an unbroken run's time."""
+    """Up to three kills a round, each at a random moment; only what was still running counts."""
     while kills > 0:
         out, done, moments = fresh(work), 0, []
         for _ in range(min(kills, choose.randint(1, 3))):
@@ -165,7 +165,7 @@ def kill_at_random(name, work, expected, kills, seconds, choose):
             time.sleep(moments[-1])
             os.kill(child, signal.SIGKILL)
             done += ended(child) != 0
-        kills -= len(moments)
+        kills -= done
         wrong = finish(name, work, out, expected)
         yield done, wrong and f"after {[round(moment, 3) for moment in moments]} s: {wrong}"
 
