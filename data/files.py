@@ -21,7 +21,8 @@ from pathlib import Path
 
 
 def run(main):
-    """Call main(); bad input (ValueError, OSError) becomes one sentence on stderr and exit code 2.
+    """Call main(); bad input (ValueError, OSError) becomes one sentence on stderr and exit code 2,
+    and so does a package that is not installed.
 
     Set NANODRAFT_TRACEBACK=1 to see the traceback, too.
     """
@@ -36,9 +37,11 @@ def run(main):
         print("\ninterrupted: what was saved is whole; a script that has --resume goes on from "
               "there", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         if os.environ.get("NANODRAFT_TRACEBACK"):
             raise
+        if isinstance(error, ModuleNotFoundError):
+            error = f"{error.name} is missing: pip install -r requirements-real.txt"
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -54,7 +57,7 @@ def atomic(path):
         os.umask(mask := os.umask(0))
         os.chmod(temporary, 0o666 & ~mask)    # as open() does; safetensors lets only the owner read
         os.replace(temporary, path)      # in one step: a reader sees the old file or the new one
-    except ValueError:
+    except (ValueError, ModuleNotFoundError):
         raise
     except Exception as error:           # if the disk is full each library has a kind of its own
         raise OSError(f"{path}: could not be written ({error})") from error
@@ -207,6 +210,18 @@ def messages_of(row):
     return messages if whole else None
 
 
+def read_rows(path, kind, is_whole, expected):
+    """All rows of a JSON lines file. ValueError for one that is not whole, which says what was
+    expected, and for a file without rows. kind: what a row is called, "prompt" or the like."""
+    rows = read_jsonl(path)
+    for number, row in enumerate(rows, 1):
+        if not is_whole(row):
+            raise ValueError(f"{path}, {kind} {number}: expected {expected}")
+    if not rows:
+        raise ValueError(f"{path}: no {kind}s in it")
+    return rows
+
+
 def read_prompts(path):
     """Rows {"task", "messages"} of a prompts file, whose lines are {"task", "prompt": text} or
     {"task", "messages": [...]}.
@@ -214,30 +229,22 @@ def read_prompts(path):
     ValueError for a row without either, an empty prompt, or messages that do not end with a user's
     turn.
     """
-    prompts = []
-    for number, row in enumerate(read_jsonl(path), 1):
-        messages = messages_of(row)
-        if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
-            raise ValueError(f'{path}, prompt {number}: expected {{"task": "...", "prompt": '
-                             f'"some text"}} or "messages" that end with a user\'s turn that is '
-                             f'not empty')
-        prompts.append({"task": str(row.get("task", "open")), "messages": messages})
-    if not prompts:
-        raise ValueError(f"{path}: no prompts in it")
-    return prompts
+    def asks(row):
+        messages = messages_of(row) or [{"role": "nobody"}]
+        return messages[-1]["role"] == "user" and messages[-1]["content"].strip()
+
+    rows = read_rows(path, "prompt", asks, '{"task": "...", "prompt": "some text"} or "messages" '
+                                           "that end with a user's turn that is not empty")
+    return [{"task": str(row.get("task", "open")), "messages": messages_of(row)} for row in rows]
 
 
 def read_openings(path):
     """Rows {"task", "opening"} of a file of first words. ValueError if a row lacks them, or there
     is none."""
-    openings = read_jsonl(path)
-    for number, row in enumerate(openings, 1):
-        if not isinstance(row.get("task"), str) or not isinstance(row.get("opening"), str):
-            raise ValueError(f'{path}, opening {number}: expected {{"task": "...", "opening": '
-                             f'"first words"}}')
-    if not openings:
-        raise ValueError(f"{path}: no openings in it")
-    return openings
+    def is_whole(row):
+        return isinstance(row.get("task"), str) and isinstance(row.get("opening"), str)
+
+    return read_rows(path, "opening", is_whole, '{"task": "...", "opening": "first words"}')
 
 
 def cache_dir(*parts):
@@ -303,10 +310,9 @@ def between(interval, kind=float):
     """An argparse type: a number in an interval such as "[1, inf)" or "(0, 1]"; never NaN."""
     low, high = (float(end) for end in interval[1:-1].split(","))
     above, below = interval[0] == "(", interval[-1] == ")"             # whether an end is left out
-    words = f"{'above' if above else 'at least'} {low:g}"
+    words = f"{'whole ' * (kind is int)}number {'above' if above else 'at least'} {low:g}"
     if high < math.inf:
-        words = f"between {low:g} and {high:g}" if above and below else (
-            f"{words} and {'below' if below else 'at most'} {high:g}")
+        words += f" and {'below' if below else 'at most'} {high:g}"
 
     def read(text):
         try:
@@ -314,8 +320,7 @@ def between(interval, kind=float):
         except ValueError:
             value = math.nan
         if not low <= value <= high or (above and value == low) or (below and value == high):
-            raise argparse.ArgumentTypeError(
-                f"is {text}; expected a {'whole ' * (kind is int)}number {words}")
+            raise argparse.ArgumentTypeError(f"is {text}; expected a {words}")
         return value
     return read
 

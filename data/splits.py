@@ -44,8 +44,7 @@ def marks(row, held_out):
     are near copies. A held-out prompt must not be in an answer, either."""
     instructions, response = texts(row)
     found = {("equal", words) for words in instructions}
-    found |= {("instruction", run) for words in instructions
-              for run in runs(words, INSTRUCTION_WORDS)}
+    found |= {("instruction", run) for one in instructions for run in runs(one, INSTRUCTION_WORDS)}
     answers = [*instructions, response] if held_out else [response]
     return found | {("answer", run) for words in answers for run in runs(words, ANSWER_WORDS)}
 
@@ -76,18 +75,17 @@ def read(path):
 
     ValueError names a row that has no text to compare: it would pass as clean.
     """
-    rows = [(path, number, row) for number, row in enumerate(files.read_jsonl(path), 1)]
-    for _, number, row in rows:
-        messages, instructions, answer = files.messages_of(row), [], ()
-        if messages is not None and isinstance(row.get("response", ""), str):
-            instructions, answer = texts(row)
+    def has_text(row):
+        messages = files.messages_of(row)
+        if messages is None or not isinstance(row.get("response", ""), str):
+            return False
+        instructions, answer = texts(row)
         # Without messages it is a document, written from a bare start: only its text is compared.
-        if not instructions and (messages or not answer):
-            raise ValueError(f'{path}, row {number}: expected a text "prompt" or "messages" with a '
-                             f'user\'s turn, and in a record a text "response"; mend or delete it')
-    if not rows:
-        raise ValueError(f"{path}: no rows in it, so there is nothing to compare")
-    return rows
+        return instructions or answer and not messages
+
+    rows = files.read_rows(path, "row", has_text, 'a text "prompt" or "messages" with a user\'s '
+                           'turn, and in a record a text "response"; mend or delete it')
+    return [(path, number, row) for number, row in enumerate(rows, 1)]
 
 
 def main():
