@@ -96,10 +96,8 @@ def add_tokenizer(folder, writer, rows):
 
 def export(folder, out):
     """Write the GGUF file `out`. ValueError says what the folder holds that GGUF would lose."""
-    try:
-        import gguf
-    except ImportError:
-        raise ValueError("gguf is missing: pip install -r requirements-real.txt") from None
+    import gguf
+
     config, weights = files.read_json(folder / "config.json"), {}
     for part in sorted(folder.glob("*.safetensors")):                     # one file, or its shards
         weights |= load_file(part)
@@ -111,21 +109,19 @@ def export(folder, out):
     heads["attn_k"] = config.get("num_key_value_heads") or heads["attn_q"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads["attn_q"]
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    theta = rope.get("rope_theta") or config.get("rope_theta", 10000.0)
+    fields = {"file_type": gguf.LlamaFileType.MOSTLY_F16, "vocab_size": rows,
+              "context_length": config["max_position_embeddings"],
+              "embedding_length": config["hidden_size"],
+              "feed_forward_length": config["intermediate_size"],
+              "block_count": config["num_hidden_layers"], "head_count": heads["attn_q"],
+              "head_count_kv": heads["attn_k"], "key_length": head_dim, "value_length": head_dim,
+              "rope_dimension_count": head_dim, "rope_freq_base": theta,
+              "layer_norm_rms_eps": config.get("rms_norm_eps", 1e-6)}
     with files.atomic(out) as temporary:
         writer = gguf.GGUFWriter(temporary, "llama")
-        writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
-        writer.add_vocab_size(rows)
-        writer.add_context_length(config["max_position_embeddings"])
-        writer.add_embedding_length(config["hidden_size"])
-        writer.add_feed_forward_length(config["intermediate_size"])
-        writer.add_block_count(config["num_hidden_layers"])
-        writer.add_head_count(heads["attn_q"])
-        writer.add_head_count_kv(heads["attn_k"])
-        writer.add_key_length(head_dim)
-        writer.add_value_length(head_dim)
-        writer.add_rope_dimension_count(head_dim)
-        writer.add_rope_freq_base(rope.get("rope_theta") or config.get("rope_theta", 10000.0))
-        writer.add_layer_norm_rms_eps(config.get("rms_norm_eps", 1e-6))
+        for name, value in fields.items():        # the writer has a function for each
+            getattr(writer, f"add_{name}")(value)
         add_tokenizer(folder, writer, rows)
         for name, weight in weights.items():
             if not (name == "lm_head.weight" and tied or name.endswith("rotary_emb.inv_freq")):
