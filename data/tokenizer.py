@@ -21,7 +21,6 @@ import hashlib
 import io
 import json
 import re
-import shutil
 import sys
 import traceback
 from datetime import datetime
@@ -38,6 +37,9 @@ from data import files
 TYPED = "\ud800"
 # Many templates write '<|' + role + '|>', so that a free choice of role could forge control tokens.
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+# What the two kinds of tokenizer files below are made of: the fixed parts of a tokenizer.json as
+# LlamaTokenizer has it, and the markers and the config of a tokenizer that is trained here.
+FORMS = Path(__file__).with_name("tokenizer_forms.json")
 
 
 def load(folder):
@@ -60,8 +62,7 @@ def load_pair(target, draft):
     """The tokenizer that two model folders share. ValueError if they do not."""
     tok, other = load(target), load(draft)
     if tok.fingerprint != other.fingerprint:
-        raise ValueError(f"{draft} has another tokenizer than {target} ({other.vocab_size} and "
-                         f"{tok.vocab_size} tokens, not the same ones): a drafter must share its "
+        raise ValueError(f"{draft} has another tokenizer than {target}: a drafter must share its "
                          f"target's tokenizer")
     return tok
 
@@ -75,7 +76,7 @@ def copy(source, folder):
         path, other = Path(source) / name, Path(folder) / name
         if path.is_file() and path.resolve() != other.resolve():
             with files.atomic(other) as temporary:
-                shutil.copyfile(path, temporary)
+                temporary.write_bytes(path.read_bytes())
 
 
 class Tokenizer:
@@ -211,11 +212,8 @@ class Tokenizer:
 
     def _read_json(self, config):
         """tokenizer.json, cut by the package tokenizers, without truncation and padding in it."""
-        try:
-            import tokenizers
-        except ImportError:
-            raise ValueError("tokenizer.json needs the package tokenizers: "
-                             "pip install -r requirements-real.txt") from None
+        import tokenizers
+
         document = files.read_json(self._path)
         model, self._listed = document["model"], document.get("added_tokens") or []
         steps = json.dumps([document.get("decoder"), document.get("pre_tokenizer")])
@@ -241,12 +239,12 @@ class Tokenizer:
         # Whatever else the file asks for would change ids or text.
         pieces = [piece for piece in self._vocab if not BYTE.fullmatch(piece) or piece == "<0x41>"]
         data = b"".join(self._piece_bytes(piece, not i) for i, piece in enumerate(pieces))
+        normalized = any(token.get("normalized") for token in self._listed)
+        cleaned_up = model["type"] != "BPE" and config.get("clean_up_tokenization_spaces")
         refused = {"model.dropout": model.get("dropout"),
-                   "model, with clean_up_tokenization_spaces in tokenizer_config.json,":
-                       model["type"] != "BPE" and config.get("clean_up_tokenization_spaces"),
+                   "clean_up_tokenization_spaces (tokenizer_config.json)": cleaned_up,
                    "decoder": data.decode("utf-8", "replace") != decode(pieces),
-                   "added_tokens.normalized": document.get("normalizer") and any(
-                       token.get("normalized") for token in self._listed)}
+                   "added_tokens.normalized": document.get("normalizer") and normalized}
         for key in filter(refused.get, refused):
             raise ValueError(f"{self._path}: {key} is not of a kind that is known here")
 
@@ -265,9 +263,8 @@ class Tokenizer:
         # In a protocol buffer the last one of two fields counts: these bytes set add_dummy_prefix
         # (field 3) of normalizer_spec (field 3), which is the space before a text.
         try:
-            bare, spaced = (
-                sentencepiece.SentencePieceProcessor(model_proto=model + b"\x1a\x02\x18" + flag)
-                for flag in (b"\x00", b"\x01"))
+            bare, spaced = (sentencepiece.SentencePieceProcessor(model_proto=model + field)
+                            for field in (b"\x1a\x02\x18\x00", b"\x1a\x02\x18\x01"))
         except Exception as error:  # RuntimeError or OSError, by version
             raise ValueError(f"{self._path}: not a readable SentencePiece model ({error}); "
                              f"copy the file again") from None
@@ -354,15 +351,11 @@ def llama_prefix(config):
 def llama_document(document, prefix):
     """A tokenizer.json of SentencePiece's kind as transformers' LlamaTokenizer reads it: only
     vocabulary and merges are the file's."""
-    decoders = [{"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
-                {"type": "ByteFallback"}, {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": int(prefix != "never"), "stop": 0}]
-    return document | {
-        "model": document["model"] | {"unk_token": None, "fuse_unk": True, "byte_fallback": True,
-                                      "ignore_merges": False},
-        "normalizer": None, "decoder": {"type": "Sequence", "decoders": decoders},
-        "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "split": False,
-                          "prepend_scheme": prefix}}
+    form = files.read_json(FORMS)["llama"]
+    form["model"] = document["model"] | form["model"]
+    form["pre_tokenizer"]["prepend_scheme"] = prefix
+    form["decoder"]["decoders"][-1]["start"] = int(prefix != "never")
+    return document | form
 
 
 def added_tokens(folder, config, vocab, listed):
@@ -562,36 +555,23 @@ def train(texts, folder, vocab_size):
     """
     import sentencepiece
 
-    model = io.BytesIO()
+    model, form = io.BytesIO(), files.read_json(FORMS)["trained"]
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts), model_writer=model, model_type="bpe", num_threads=1,
             vocab_size=vocab_size, byte_fallback=True, character_coverage=1.0, unk_id=0, bos_id=-1,
-            eos_id=-1, pad_id=-1, control_symbols=CONTROLS, minloglevel=2)
+            eos_id=-1, pad_id=-1, control_symbols=form["control_symbols"], minloglevel=2)
     except (RuntimeError, ValueError) as error:               # too little text, or no text at all
         raise ValueError(f"no tokenizer of {vocab_size} pieces from these texts: {error}") from None
+    with files.atomic(Path(folder) / "tokenizer.model") as temporary:
+        temporary.write_bytes(model.getvalue())
     # Without "bos_token": null transformers invents a token <s>, one more than the model has.
-    config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": False,
-              "bos_token": None, "unk_token": "<unk>", "eos_token": "<|end|>",
-              "pad_token": "<|endoftext|>", "chat_template": CHAT_TEMPLATE,
-              "model_max_length": 512}
-    config = (json.dumps(config, indent=1) + "\n").encode()
-    for name, content in (("tokenizer.model", model.getvalue()), ("tokenizer_config.json", config)):
-        with files.atomic(Path(folder) / name) as temporary:
-            temporary.write_bytes(content)
-
-
-CONTROLS = ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|' + message['role'] + '|> ' + message['content'] + '<|end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+    files.write_json(Path(folder) / "tokenizer_config.json", form["config"])
 
 
 def main():
     parser = files.Parser(description=__doc__)
-    parser.add_argument("show", nargs="*", metavar="FOLDER TEXT",
-                        help="show how this folder's tokenizer cuts a text")
+    parser.add_argument("show", nargs="*", metavar="FOLDER TEXT", help="show how it cuts a text")
     parser.add_argument("--train", type=Path, nargs="+", metavar="FILE",
                         help='JSON lines of {"prompt", "response"}: train a tokenizer on them')
     parser.add_argument("--out", type=Path, default=Path("out/tiny/tokenizer"))

@@ -145,7 +145,7 @@ def trained_world():
     seconds. It is kept in the cache folder, under a name made from everything that decides it.
     """
     code = ("model.py", "train.py", "distill.py", "data/tiny_world.py", "data/tiny_world.json",
-            "data/tokenizer.py", "tests/conftest.py")
+            "data/tokenizer.py", "data/tokenizer_forms.json", "tests/conftest.py")
     texts = [ROOT / "data" / "tiny_world" / name
              for name in ("pairs.jsonl.gz", "passages.jsonl.gz")]
     content = b"".join(path.read_bytes() for path in [*(ROOT / name for name in code), *texts])
