@@ -32,36 +32,17 @@ if not __package__:  # run as a script: sys.path[0] is data/, the root is one up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from data import files, tokenizer
 
-# Package: its licence as its own metadata states it. sympy and networkx come with torch.
-PACKAGES = {"sympy": "BSD-3-Clause", "torch": "BSD-3-Clause", "networkx": "BSD-3-Clause",
-            "numpy": "BSD-3-Clause", "matplotlib": "PSF-like (matplotlib licence)"}
-SKIPPED_FOLDERS = {"test", "tests", "testing", "_vendor", "site-packages", "idlelib", "lib2to3",
-                   "turtledemo", "ensurepip"}
+# packages: each with its licence as its own metadata states it; sympy and networkx come with torch.
+# markup: that of reStructuredText, in the order in which it goes, with what stays of each pattern.
+SOURCES = files.read_json(Path(__file__).with_suffix(".json"))
 SHORTEST = 40  # words; below that a docstring is a label, not a document
-# The markup of reStructuredText, in the order in which it goes: (pattern, what stays of it).
-MARKUP = [
-    # Directives, targets and comments; the options of a directive.
-    (r"(?m)^[ \t]*\.\. .*$\n?", ""),
-    (r"(?m)^[ \t]*:(?!param|return|rais|arg|type|rtype|yield)[\w-]+:(?:[ \t].*)?$\n?", ""),
-    # Underlines of headings; rules of tables.
-    (r"(?m)^[ \t]*([-=~^*#+\"'`])\1{2,}[ \t]*$\n?", ""),
-    (r"(?m)^[ \t=+|-]*[=+-]{3,}[ \t=+|-]*$\n?", ""),
-    # :func:`~a.b` and :ref:`text <target>`; `text <link>`_; literals; **bold** and *italic*.
-    (r":[\w:+-]+:`~?([^`<]*?)(?:\s*<[^>]*>)?`", r"\1"),
-    (r"`([^`<>]+?)\s*<[^>]*>`_+", r"\1"),
-    (r"``([^`]+)``|`([^`]+)`_*", r"\1\2"),
-    (r"\*\*([^*\n]+)\*\*|(?<![\w*])\*([^*\s][^*\n]*)\*(?![\w*])", r"\1\2"),
-    # Footnotes; the two colons before a block of code.
-    (r"\[(\d+)\]_", ""),
-    (r"(?m)::[ \t]*$", ":"),
-]
 
 
 def docstrings(root):
     """Docstrings of all .py files under root, by sorted path; nothing is imported or run."""
     for path in sorted(root.rglob("*.py")):
         folders = path.relative_to(root).parts[:-1]
-        if SKIPPED_FOLDERS.intersection(folders) or path.name.startswith("test_"):
+        if set(SOURCES["skipped_folders"]) & set(folders) or path.name.startswith("test_"):
             continue
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -75,8 +56,8 @@ def docstrings(root):
 
 def clean(text):
     """A docstring in reStructuredText -> plain prose and code: markup goes, words stay."""
-    for pattern, stays in MARKUP:
-        text = re.sub(pattern, stays, text)
+    for markup in SOURCES["markup"]:
+        text = re.sub(markup["pattern"], markup["stays"], text)
     text = "\n".join(line.rstrip() for line in text.splitlines())
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 
@@ -109,23 +90,26 @@ def documentation():
     reference = [topics.topics[name] for name in sorted(topics.topics)]
     yield f"{python}: language reference (pydoc topics)", "PSF-2.0", reference
     yield f"{python}: docstrings", "PSF-2.0", docstrings(library)
-    for package, licence in PACKAGES.items():
+    for package, licence in SOURCES["packages"].items():
         found = importlib.metadata.distribution(package)
         texts = docstrings(Path(found.locate_file(package)))
         yield f"{package} {found.version}: docstrings", licence, texts
 
 
 def written_by_target(paths, tok):
-    """Token lists of the documents in records of `distill.py generate --documents`, as sampled."""
-    for path in paths:
-        for number, record in enumerate(files.read_jsonl(path), 1):
-            ids = record.get("response_ids")
-            if not isinstance(ids, list) or not all(
-                    isinstance(i, int) and 0 <= i < tok.vocab_size for i in ids):
-                raise ValueError(f"{path}, record {number}: expected response_ids below "
-                                 f"{tok.vocab_size}, as distill.py generate --documents writes")
-            if len(ids) >= SHORTEST:
-                yield ids
+    """Token lists of the documents in records of `distill.py generate --documents`, as sampled.
+
+    ValueError for a record without them, or a file without records.
+    """
+    def is_whole(record):
+        ids = record.get("response_ids")
+        return isinstance(ids, list) and all(
+            isinstance(i, int) and 0 <= i < tok.vocab_size for i in ids)
+
+    expected = f"response_ids below {tok.vocab_size}, as distill.py generate --documents writes"
+    records = [record for path in paths
+               for record in files.read_rows(path, "record", is_whole, expected)]
+    return [r["response_ids"] for r in records if len(r["response_ids"]) >= SHORTEST]
 
 
 def encoded(tok, paths):
@@ -137,7 +121,7 @@ def encoded(tok, paths):
         yield name, licence, [tok.encode(text) for text in prose if mostly_words(text)]
     if paths:
         yield ("written by the target from its bare start", "Apache-2.0 (the model's)",
-               list(written_by_target(paths, tok)))
+               written_by_target(paths, tok))
 
 
 def write_tokens(out, documents, sources, tok, eval_fraction, seed):
@@ -152,9 +136,8 @@ def write_tokens(out, documents, sources, tok, eval_fraction, seed):
         counts[f"{name}_tokens"] = len(ids)
         with files.atomic(out / f"{name}.bin") as temporary:
             ids.tofile(temporary)
-    files.write_json(out / "meta.json", {
-        "vocab_size": tok.vocab_size, "tokenizer_fingerprint": tok.fingerprint, **counts,
-        "seed": seed, "sources": sources})
+    made_with = {"vocab_size": tok.vocab_size, "tokenizer_fingerprint": tok.fingerprint}
+    files.write_json(out / "meta.json", {**made_with, **counts, "seed": seed, "sources": sources})
     return counts
 
 
