@@ -84,10 +84,8 @@ def main():
     files.add_flags(parser, ("count", 2400, "[1, inf)", "instructions"),
                     ("seed", 0, "[0, 9e18]", "same seed, same instructions"),
                     ("out", Path("out/everyday.jsonl"), Path, "JSON lines to write"))
-    parser.add_argument("--tasks", nargs="+", default=[*SHARES], choices=SHARES,
-                        help="default: all")
-    parser.add_argument("--follow-up", type=Path, metavar="RECORDS",
-                        help="second turns to these records instead")
+    parser.add_argument("--tasks", nargs="+", default=[*SHARES], choices=SHARES, help="default all")
+    parser.add_argument("--follow-up", type=Path, metavar="RECORDS", help="second turns to these")
     args = parser.parse_args()
     if args.follow_up:
         rows = follow_ups(files.read_jsonl(args.follow_up), args.count, args.seed)

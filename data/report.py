@@ -7,7 +7,6 @@
 speculate.py --bench and distill.py compare print and draw their results with it, too.
 """
 
-import math
 import platform
 import re
 import sys
@@ -43,9 +42,8 @@ def report(args):
     if not cases or not rows["base"].keys() <= rows["aligned"].keys():
         raise ValueError(f"{args.dir}: holds no benchmarks of the same tasks in bench-base-*.json "
                          f"and bench-aligned-*.json: run make demo")
-    for case in cases:
-        print("\n{}; temperature {:g}, gamma {}, {} prompts".format(
-            *case, rows["base"][case]["prompts"]))
+    for case, row in rows["base"].items():
+        print("\n{}; temperature {:g}, gamma {}, {prompts} prompts".format(*case, **row))
         for name, label in DRAFTERS.items():
             if case in rows[name]:
                 print("  {:40} tau {tau:.2f}  alpha {alpha:.3f} ({alpha_low:.3f} to "
@@ -168,13 +166,12 @@ def bench_row(task, gamma, runs, args, verify_cost, draft_cost, size):
              if length == gamma]
     tau = (new - first) / calls if calls else None
     decoding = (new - first) / new_behind / ((plain - first) / plain_behind) if calls else None
-    alpha = analytic = alpha_low = alpha_high = mismatches = None
+    alpha = analytic = alpha_low = alpha_high = None
     if args.verify == "token" and drafted:        # the block rule knows no first refusal
         alpha, analytic = accepted / drafted, sum(b.overlap for b in texts) / drafted
         some = drawn[drawn[:, 7] > 0]
         alpha_low, alpha_high = interval(some[:, 6] / some[:, 7])
-    if args.temperature == 0:
-        mismatches = sum(a.tokens != b.tokens for (a, *_), (b, *_) in runs)
+    mismatches = sum(a.tokens != b.tokens for (a, *_), (b, *_) in runs)
     return {
         "task": task, "gamma": gamma, "temperature": args.temperature, "top_p": args.top_p,
         "prompts": len(runs), "new_tokens": int(new), "tau": tau, "alpha": alpha,
@@ -183,15 +180,14 @@ def bench_row(task, gamma, runs, args, verify_cost, draft_cost, size):
         "speculative_tokens_per_s": new / new_s, "speedup": (new / new_s) / (plain / plain_s),
         "speedup_low": speedup_low, "speedup_high": speedup_high, "decoding_speedup": decoding,
         "speedup_predicted": tau and tau / (gamma * draft_cost + verify_cost),
-        "greedy_mismatches": mismatches,
+        "greedy_mismatches": None if args.temperature else mismatches,
         "kept_histogram": [whole.count(kept) for kept in range(gamma + 1)]}
 
 
 def print_bench(result, args):
     """The table, and acceptance by position."""
-    keys = ("task", "gamma", "prompts", "tau", "alpha", "alpha_analytic", "mbsu",
-            "plain_tokens_per_s", "speculative_tokens_per_s", "speedup", "speedup_low",
-            "speedup_high", "decoding_speedup", "speedup_predicted", "greedy_mismatches")
+    hidden = ("temperature", "top_p", "new_tokens", "alpha_low", "alpha_high", "kept_histogram")
+    keys = [key for key in result["rows"][0] if key not in hidden]
     print(f"{result['machine']}; drafter / target parameters c = {result['size_ratio']:.3f}; "
           f"temperature {args.temperature}, top-p {args.top_p}, rule {args.verify}")
     print("| " + " | ".join(keys).replace("_", " ") + " |\n" + "|---" * len(keys) + "|")
@@ -229,9 +225,9 @@ STUDENT = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]
 def mean_and_interval(values):
     """Mean and the half width of its 95 % interval (nan for one value), as floats."""
     if len(values) == 1:
-        return float(values[0]), math.nan
+        return float(values[0]), np.nan
     student = STUDENT[min(len(values) - 1, len(STUDENT)) - 1]
-    return float(np.mean(values)), student * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return float(np.mean(values)), student * float(np.std(values, ddof=1)) / len(values) ** 0.5
 
 
 def print_comparison(names, runs):

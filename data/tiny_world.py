@@ -191,8 +191,7 @@ def filter_records(args):
     held_out = [row for row in unique if row["kind"] == "pair" and row["held_out"]]
     training = [row for row in unique if row["kind"] == "pair" and not row["held_out"]]
     passages = [row for row in unique if row["kind"] == "passage"]
-    found = splits.overlaps(map(as_record, training), map(as_record, held_out))
-    near = {index for index, *_ in found}
+    near = {i for i, *_ in splits.overlaps(map(as_record, training), map(as_record, held_out))}
     training = [row for i, row in enumerate(training) if i not in near]
     dropped.update({"rare word": len(rows) - len(common), "near a held-out pair": len(near),
                     "near duplicate": len(common) - len(unique)})
@@ -249,22 +248,20 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
 
     sub = commands.add_parser("prompts", help="write the prompts for the real chat model")
-    sub.set_defaults(function=prompts)
     files.add_flags(sub, ("prompts", Path("out/tiny-corpus/prompts.jsonl"), Path, "file to write"))
 
     sub = commands.add_parser("filter", help="its answers -> the committed corpus")
-    sub.set_defaults(function=filter_records)
     files.add_flags(sub, ("out", FOLDER, Path, "folder to write"),
                     ("records", Path("out/tiny-corpus/records.jsonl"), Path, "the answers"),
                     ("rarest", 3, "[1, inf)", "texts that a word must occur in"))
 
     sub = commands.add_parser("prepare", help="the committed corpus -> what make demo reads")
-    sub.set_defaults(function=prepare)
     files.add_flags(sub, ("out", Path("out/tiny"), Path, "folder to write"),
                     ("tokenizer", Path("out/tiny/tokenizer"), Path, "folder with the tokenizer"),
                     ("seed", 0, "[0, 9e18]", "same seed, same files"))
     args = parser.parse_args()
-    args.function(args)
+    functions = {"prompts": prompts, "filter": filter_records, "prepare": prepare}
+    functions[args.command](args)
 
 
 if __name__ == "__main__":
