@@ -105,8 +105,8 @@ def curve(log, x, y):
 
 
 def save(drawing, path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    drawing.savefig(path, dpi=110)
+    with files.atomic(path) as temporary:
+        drawing.savefig(temporary, dpi=110, format=path.suffix[1:] or "png")
 
 
 def draw_curves(path, curves):
