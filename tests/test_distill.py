@@ -190,7 +190,7 @@ def test_any_one_changed_option_is_refused_and_named(folders, tmp_path):
         "target": st.sampled_from([folders / "target", folders / "draft"])})
     out, rest = tmp_path / "out.jsonl", {"prompts": "p", "self_instruct": None, "documents": None}
 
-    @hypothesis.settings(max_examples=200, deadline=None)
+    @hypothesis.settings(max_examples=500, deadline=None, database=None, derandomize=True)
     @hypothesis.given(drawn, drawn, st.data())
     def check(first, second, data):
         name = data.draw(st.sampled_from(sorted(first)))

@@ -144,7 +144,7 @@ values = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_si
 rows = st.lists(st.dictionaries(st.text(max_size=5), values, max_size=3), min_size=1, max_size=5)
 
 
-@hypothesis.settings(max_examples=400, deadline=None)
+@hypothesis.settings(max_examples=500, deadline=None, database=None, derandomize=True)
 @hypothesis.given(rows, st.data())
 def test_of_a_file_cut_at_any_byte_every_whole_record_survives(tmp_path_factory, rows, data):
     lines = [json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") for row in rows]
@@ -181,7 +181,7 @@ def test_a_fingerprint_follows_the_content_of_each_file_that_is_read_and_no_name
     assert len(seen) == len(read) + 1
 
 
-@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.settings(max_examples=500, deadline=None, database=None, derandomize=True)
 @hypothesis.given(st.lists(values, max_size=4), st.lists(values, max_size=4))
 def test_other_parts_have_another_fingerprint(one, other):
     same = json.dumps(one) == json.dumps(other)
@@ -192,7 +192,7 @@ def test_parts_do_not_run_together():
     assert files.fingerprint(1, 2) != files.fingerprint(12)
 
 
-@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.settings(max_examples=500, deadline=None, database=None, derandomize=True)
 @hypothesis.given(st.dictionaries(st.sampled_from("abcdef"), st.integers(0, 9), min_size=1),
                   st.data())
 def test_a_changed_setting_is_refused_and_named_and_the_same_ones_are_not(kept, data):

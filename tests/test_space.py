@@ -280,3 +280,22 @@ def test_options_of_the_sampled_losses_are_refused_where_none_is_compared(capsys
                                                  "--out", str(tmp_path / "out")])
         with pytest.raises(ValueError, match="for the sampled losses, not for kld"):
             distill.compare(args)
+
+
+# ---- Two sizes ---------------------------------------------------------------------------------
+
+def test_any_padding_of_an_embedding_is_left_out_and_any_tokenizer_too_large_refused(tmp_path):
+    tokens = torch.tensor([[0, 2, 1]])
+
+    @five_hundred
+    @hypothesis.given(st.integers(3, 20), st.integers(0, 9), st.booleans(), st.integers(0, 5))
+    def check(size, padding, tied, seed):
+        whole = tiny_llama(seed, vocab=size + padding, tied=tied)
+        model.save(whole, tmp_path)
+        loaded = model.load(tmp_path, vocab_size=size)
+        assert loaded.config.vocab_size == size == len(loaded.head_weight())
+        torch.testing.assert_close(loaded(tokens), whole(tokens)[..., :size])
+        with pytest.raises(ValueError, match="tokenizer"):
+            model.load(tmp_path, vocab_size=size + padding + 1)
+
+    check()
