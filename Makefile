@@ -23,7 +23,7 @@ ifdef FAST
 D = out/tiny-fast
 STEPS = 50 90 200 100
 ANSWERS = 1
-BENCH = --limit 8 --gamma 3
+BENCH = --limit 24 --gamma 3
 TEMPERATURES = 1
 endif
 S = $(D)/stamps
