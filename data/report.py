@@ -19,7 +19,7 @@ if not __package__:  # run as a script: sys.path[0] is data/, the root is one up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from data import files
 
-DRAFTERS = {"base": "before: pretrained only", "more": "control: next-token loss, as many steps",
+DRAFTERS = {"base": "before: pretrained only", "more": "control: next-token loss, same steps",
             "aligned": "after: aligned with the target"}
 STAGES = {"target-base": "target, pretraining", "target": "target, chat tuning (loss on answers)",
           "drafter-base": "drafter, pretraining",
