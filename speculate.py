@@ -365,7 +365,7 @@ def first_minute(pair, args, style):
           f"    tau: tokens per pass of the target; alpha: share of the guesses that were kept\n"
           f"next: python speculate.py --chat      ask this pair about animals, food, tools...\n"
           f"      python losses.py                the losses' noise: a table and a picture\n"
-          f"      make demo                       train this pair from nothing, ten minutes")
+          f"      make demo                       train this pair from nothing, twelve minutes")
 
 
 def chat(pair, args, style):
