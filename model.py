@@ -306,6 +306,12 @@ class KVCache:
         self.v[layer].narrow(2, self.length, T).copy_(v)
         return self.k[layer].narrow(2, 0, end), self.v[layer].narrow(2, 0, end)
 
+    def put(self, row, one):
+        """Copy what another cache of one row holds into this row: it ends at column `length`."""
+        columns = slice(self.length - one.length, self.length)
+        for whole, part in zip(self.k + self.v, one.k + one.v):
+            whole[row, :, columns] = part[0, :, :one.length]
+
     def keep(self, rows):
         """Keep only these rows (an index tensor): rows that have ended stop costing time."""
         for both in (self.k, self.v):

@@ -93,6 +93,25 @@ def test_a_ragged_batch_gives_each_row_what_it_would_get_alone(folders, batch_si
     assert len({len(ids) for ids, _, _ in found.values()}) > 3
 
 
+def test_prompts_are_read_without_padding_and_without_what_each_shares_with_the_one_before(folders):
+    target = frozen_target(folders)
+    read, hidden = [], target.hidden
+
+    def counted(tokens, cache):
+        read.append(tuple(tokens.shape))
+        return hidden(tokens, cache)
+
+    target.hidden = counted
+    prompts = [[5, 6, 7], [5, 6, 7, 8, 9], [5, 6, 7, 8, 9], [5, 6, 7, 8], [4], [4, 6]]
+    cache, states = distill.read_prompts(target, prompts, 2)
+    assert read == [(1, 3), (1, 2), (1, 1), (1, 1), (1, 1), (1, 1)]
+    for row, prompt in enumerate(prompts):
+        torch.testing.assert_close(states[row], hidden(torch.tensor([prompt]))[0, -1])
+    following = hidden(torch.full((6, 1), 3), cache)[:, -1]
+    for row, prompt in enumerate(prompts):
+        torch.testing.assert_close(following[row], hidden(torch.tensor([prompt + [3]]))[0, -1])
+
+
 def test_sampled_waves_follow_the_nucleus_distribution_of_their_own_temperature(folders):
     target = frozen_target(folders)
     prompt = [5, 9, 30]
