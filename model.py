@@ -19,6 +19,7 @@ Source of the architecture: Llama 2 (Touvron et al., 2023, arXiv 2307.09288), se
 """
 
 import json
+import math
 import platform
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -58,7 +59,8 @@ class Attention(nn.Module):
     heads.
 
     Grouped-query attention: `group` query heads share each key-value head. The three projections
-    are one matrix, qkv_proj: its rows are the queries', then the keys', then the values'.
+    are one matrix, qkv_proj: its rows are the queries', then the keys', then the values'. Qwen2
+    adds a bias to them; Llama has none.
     """
 
     def __init__(self, config):
@@ -66,7 +68,7 @@ class Attention(nn.Module):
         self.heads, self.kv = config.num_attention_heads, config.num_key_value_heads
         self.d = config.head_dim
         rows = (self.heads + 2 * self.kv) * self.d
-        self.qkv_proj = nn.Linear(config.hidden_size, rows, bias=False)
+        self.qkv_proj = nn.Linear(config.hidden_size, rows, bias=config.attention_bias)
         self.o_proj = nn.Linear(self.heads * self.d, config.hidden_size, bias=False)
 
     def forward(self, x, rotary, mask, cache, layer):
@@ -123,9 +125,26 @@ def rotary_tables(config, positions):
     even tell neighbours apart. The first half of sin has a minus: see rotate.
     """
     even = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
-    angle = positions.float()[..., None, None] / config.rope_theta ** (even / config.head_dim)
+    speed = 1 / config.rope_theta ** (even / config.head_dim)          # radians per token, (d / 2,)
+    if config.rope_scaling:
+        speed = slowed(speed, config.rope_scaling)
+    angle = positions.float()[..., None, None] * speed
     cos, sin = angle.cos(), angle.sin()
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
+def slowed(speed, scaling):
+    """Llama 3.1's scaling of the rotary speeds (d / 2,), rope_type "llama3", for a context longer
+    than the original one, which it was pretrained on (arXiv 2407.21783; the rule is Meta's code's).
+
+    A pair that turned high_freq_factor times or more in the original context keeps its speed: it
+    tells near tokens apart. One that turned low_freq_factor times or less goes `factor` times
+    slower, and so meets no angle that it has not seen. Between the two it is a mixture.
+    """
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] / (2 * math.pi / speed)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * speed / scaling["factor"] + kept * speed
 
 
 def rotate(x, cos, sin):
@@ -152,6 +171,8 @@ class Config:
     max_position_embeddings: int = 2048      # the context the model was made for, in tokens
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
+    rope_scaling: dict | None = None         # None, or rope_type llama3 and its numbers
+    attention_bias: bool = False             # whether q, k and v have one, as in Qwen2
     tie_word_embeddings: bool = True         # the head is the embedding, transposed
     bos_token_id: int | None = None
     eos_token_id: int | list | None = None
@@ -398,14 +419,15 @@ def sample(p, generator=None):
 # another order, on every call. (data/RESULTS.md has the milliseconds for 1 to 16 tokens.)
 
 class PackedLinear(nn.Module):
-    """The product of an nn.Linear whose weight (out, in) is kept as FBGEMM reads it.
+    """The product of an nn.Linear whose weight (out, in) is kept as FBGEMM reads it; a bias, where
+    there is one, stays in fp32.
 
     The result of a row does not depend on the other rows of the pass, so a pass over several tokens
     finds what passes over one would: to the last bit on processors with AVX-512 instructions, up to
     rounding with AVX2. No gradient comes out. ValueError for a weight that fp16 cannot hold.
     """
 
-    def __init__(self, weight, name):
+    def __init__(self, weight, name, bias=None):
         super().__init__()
         largest = weight.abs().max()
         if not largest <= 65504:                            # asked in this way, NaN is refused, too
@@ -413,7 +435,7 @@ class PackedLinear(nn.Module):
                              f"largest: decode this model with --dtype bfloat16")
         weight = weight.detach().clone()                    # since packing may change what it gets
         self.change = ((weight.half().float() - weight).abs().max() / largest).nan_to_num().item()
-        self.packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
+        self.packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
 
     def forward(self, x):
         return torch.ops.quantized.linear_dynamic_fp16.default(x, self.packed)
@@ -443,7 +465,7 @@ def decoding_copy(llama):
         if isinstance(module, (nn.Embedding, RMSNorm)):
             copy.set_submodule(name, module)
         elif isinstance(module, nn.Linear) and name != "lm_head":
-            copy.set_submodule(name, PackedLinear(module.weight, name))
+            copy.set_submodule(name, PackedLinear(module.weight, name, module.bias))
     copy.draft_vocabulary, copy.lm_head = llama.draft_vocabulary, None
     copy.decoding_head = PackedLinear(llama.head_weight(llama.draft_vocabulary), "the head")
     packed = [module for module in copy.modules() if isinstance(module, PackedLinear)]
@@ -459,6 +481,18 @@ def decoding_copy(llama):
 
 # On disk q, k, v and gate, up are matrices of their own; here each group is one, in this order.
 JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+# The model_types that this decoder computes, and whether their q, k and v have a bias.
+FAMILIES = {"llama": False, "mistral": False, "qwen2": True}
+# Keys that change the arithmetic, in these families or in kin that shares their names, each with
+# the value at which it changes nothing; another one is refused. What brings weights of its own
+# shows there. (pretraining_tp only cuts products into parts, and adds them up again.)
+NEUTRAL = {
+    "hidden_act": "silu", "mlp_bias": False, "sliding_window": None, "use_sliding_window": False,
+    "rope_interleaved": False, "partial_rotary_factor": 1, "original_max_position_embeddings": None,
+    "attn_logit_softcapping": None, "final_logit_softcapping": None, "attention_multiplier": None,
+    "embedding_multiplier": 1, "residual_multiplier": 1, "logits_scaling": 1, "clip_qkv": None,
+    "quantization_config": None}
+LLAMA3 = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 
 
 def names_on_disk(name):
@@ -561,21 +595,29 @@ def read_config(folder):
     decoder cannot do."""
     path = Path(folder) / "config.json"
     keys = files.read_json(path)
-    only = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-    for key, value in only.items():
-        if keys.get(key, value) != value:
-            raise ValueError(f"{path}: {key} is {keys[key]!r}; this decoder reads Llama models "
-                             f"with {key} {value!r}")
-    # transformers 5 writes rope_parameters, older ones rope_scaling and a rope_theta of its own.
-    rope = keys.get("rope_parameters") or keys.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
-    if kind != "default":
-        raise ValueError(f"{path}: rotary scaling {rope!r} is not supported, only 'default'")
+    kind = keys.get("model_type", "llama")
+    if kind not in [*FAMILIES]:
+        raise ValueError(f"{path}: model_type is {kind!r}; this decoder reads {[*FAMILIES]}")
+    # Where Mistral has no such key 4,096 is meant; Qwen2's counts only with use_sliding_window.
+    keys = {"mistral": {"sliding_window": 4096} | keys,
+            "qwen2": keys | {"sliding_window": None}}.get(kind, keys)
+    for key, value in (NEUTRAL | {"attention_bias": FAMILIES[kind]}).items():
+        if keys.get(key) not in (None, value):
+            raise ValueError(f"{path}: {key} is {keys[key]!r}, which changes what a model computes;"
+                             f" this decoder knows {key} {value!r} alone")
+    # transformers 5 writes rope_parameters, older ones rope_scaling and a rope_theta of its own;
+    # where there are both, rope_scaling counts, as in transformers.
+    rope = keys.get("rope_scaling") or keys.get("rope_parameters") or {}
+    rope = rope if isinstance(rope, dict) else {"rope_type": rope}
+    scaling = {"rope_type": rope.get("type", "default")} | rope
+    scaling = {key: scaling[key] for key in scaling if key not in ("type", "rope_theta")}
     known = {field.name: keys[field.name] for field in fields(Config) if field.name in keys}
     known["rope_theta"] = rope.get("rope_theta", keys.get("rope_theta", 10000.0))
+    known["rope_scaling"] = None if scaling == {"rope_type": "default"} else scaling
+    known["attention_bias"] = FAMILIES[kind]
     for key, value in known.items():
         if not valid(key, value):
-            raise ValueError(f"{path}: {key} is {value!r}; copy the file again")
+            raise ValueError(f"{path}: {key} is {value!r}: damaged, or not known to this decoder")
     # What LlamaConfig means where a file leaves these out. (A missing size shows in the weights.)
     known.setdefault("tie_word_embeddings", False)
     known.setdefault("rms_norm_eps", 1e-6)
@@ -584,7 +626,11 @@ def read_config(folder):
 
 def valid(key, value):
     """Whether a value of config.json is what its key must be: a count, a number, an id."""
-    if key == "tie_word_embeddings":
+    if key == "rope_scaling":
+        return value is None or value["rope_type"] == "llama3" and (
+            value.keys() - {"rope_type"} == LLAMA3 and all(valid("rope_theta", value[k])
+            for k in LLAMA3) and value["low_freq_factor"] < value["high_freq_factor"])
+    if key in ("tie_word_embeddings", "attention_bias"):
         return isinstance(value, bool)
     if key in ("rms_norm_eps", "rope_theta"):
         return isinstance(value, (int, float)) and 0 < value < 1e30
@@ -607,10 +653,11 @@ def save(llama, folder, dtype=None):
         raise ValueError("a model made by for_decoding cannot be saved; save the original")
     folder, dtype = Path(folder), dtype or llama.norm.weight.dtype
     name = str(dtype).removeprefix("torch.")
-    keys = asdict(llama.config)
-    keys |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
-             "dtype": name, "torch_dtype": name, "attention_bias": False, "mlp_bias": False,
-             "rope_parameters": {"rope_type": "default", "rope_theta": llama.config.rope_theta}}
+    keys, rope = asdict(llama.config), llama.config.rope_scaling or {"rope_type": "default"}
+    kind = ("qwen2", "Qwen2") if llama.config.attention_bias else ("llama", "Llama")
+    keys |= {"model_type": kind[0], "architectures": [kind[1] + "ForCausalLM"],
+             "hidden_act": "silu", "mlp_bias": False, "dtype": name, "torch_dtype": name,
+             "rope_parameters": rope | {"rope_theta": llama.config.rope_theta}}
     weights = {name: weight.detach().to("cpu", dtype).contiguous()
                for name, weight in split_weights(llama).items()}
     with files.atomic(folder / "model.safetensors") as temporary:

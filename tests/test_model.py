@@ -410,7 +410,7 @@ def test_damaged_folders_are_refused_in_one_sentence(tmp_path):
         model.load(tmp_path / "missing")
     llama3 = {"rope_type": "llama3", "rope_theta": 1.0}
     for name, keys, message in [("shape", {"hidden_size": 16}, "do not match config.json"),
-                                ("scaled", {"rope_parameters": llama3}, "rotary scaling"),
+                                ("scaled", {"rope_parameters": llama3}, "rope_scaling"),
                                 ("kind", {"model_type": "gpt2"}, "model_type")]:
         path = spoiled(name) / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | keys))
