@@ -11,9 +11,9 @@ importing them: several million tokens of English with code among it, under BSD-
 documents that the target writes from its bare start, the token that separates documents: samples of
 what it was pretrained on itself.
 
-Format: raw little-endian uint16 ids, documents separated by the tokenizer's document token;
-meta.json says which tokenizer wrote it and where the text comes from. Same packages, same seed:
-same bytes.
+Format: raw little-endian ids, uint16, or uint32 where the tokenizer has more than 65,536 tokens
+(Llama 3: 128,256), documents separated by the tokenizer's document token; meta.json says which,
+which tokenizer wrote it and where the text comes from. Same packages, same seed: same bytes.
 """
 
 import ast
@@ -35,6 +35,7 @@ from data import files, tokenizer
 # packages: each with its licence as its own metadata states it; sympy and networkx come with torch.
 # markup: that of reStructuredText, in the order in which it goes, with what stays of each pattern.
 SOURCES = files.read_json(Path(__file__).with_suffix(".json"))
+DTYPES = {"uint16": "<u2", "uint32": "<u4"}
 SHORTEST = 40  # words; below that a docstring is a label, not a document
 
 
@@ -127,16 +128,16 @@ def encoded(tok, paths):
 def write_tokens(out, documents, sources, tok, eval_fraction, seed):
     """Shuffle documents (lists of ids), split them whole, and write train.bin, eval.bin and
     meta.json into `out`. Returns the number of tokens in each."""
-    if tok.vocab_size > 2 ** 16:
-        raise ValueError(f"the tokenizer has {tok.vocab_size} tokens; uint16 holds at most 65536")
+    dtype = "uint16" if tok.vocab_size <= 2 ** 16 else "uint32"
     order = np.random.default_rng(seed).permutation(len(documents))
     held_out, counts = max(1, round(eval_fraction * len(documents))), {}
     for name, part in (("eval", order[:held_out]), ("train", order[held_out:])):
-        ids = np.concatenate([[*documents[i], tok.document_id] for i in part]).astype("<u2")
+        ids = np.concatenate([[*documents[i], tok.document_id] for i in part]).astype(DTYPES[dtype])
         counts[f"{name}_tokens"] = len(ids)
         with files.atomic(out / f"{name}.bin") as temporary:
             ids.tofile(temporary)
-    made_with = {"vocab_size": tok.vocab_size, "tokenizer_fingerprint": tok.fingerprint}
+    made_with = {"vocab_size": tok.vocab_size, "tokenizer_fingerprint": tok.fingerprint,
+                 "dtype": dtype}
     files.write_json(out / "meta.json", {**made_with, **counts, "seed": seed, "sources": sources})
     return counts
 
@@ -144,7 +145,7 @@ def write_tokens(out, documents, sources, tok, eval_fraction, seed):
 # ---- Reading it: what train.py and distill.py mix in -------------------------------------------
 
 def read(folder, tok, context):
-    """The tokens of folder's train.bin and eval.bin: two uint16 arrays, mapped from the files.
+    """The tokens of folder's train.bin and eval.bin: two arrays, mapped from the files.
 
     ValueError or OSError if a file is missing, not of this tokenizer (ids mean nothing without it),
     or shorter than one window of context + 1 tokens.
@@ -152,17 +153,20 @@ def read(folder, tok, context):
     meta = Path(folder, "meta.json")
     if not meta.is_file():
         raise ValueError(f"{meta}: no such file; python data/pretrain_text.py writes it")
-    fingerprint = files.read_json(meta).get("tokenizer_fingerprint")
+    noted = files.read_json(meta)
+    fingerprint, dtype = noted.get("tokenizer_fingerprint"), noted.get("dtype", "uint16")
     if fingerprint != tok.fingerprint:
         raise ValueError(f"{folder} was written with tokenizer {fingerprint}, but {tok.folder} is "
                          f"{tok.fingerprint}: write the token files again with this tokenizer")
-    arrays = []
+    if dtype not in [*DTYPES]:                         # files without it are of the older kind
+        raise ValueError(f"{meta}: dtype is {dtype!r}, not one of {[*DTYPES]}; copy it again")
+    arrays, width = [], np.dtype(dtype).itemsize
     for path in (Path(folder, "train.bin"), Path(folder, "eval.bin")):
         size = path.stat().st_size
-        if size % 2 or size // 2 <= context:
-            raise ValueError(f"{path}: {size} bytes; expected two a token and more than --context "
-                             f"{context} tokens: write it again, or lower --context")
-        arrays.append(np.memmap(path, dtype="<u2", mode="r"))
+        if size % width or size // width <= context:
+            raise ValueError(f"{path}: {size} bytes; expected {width} a token and more than "
+                             f"--context {context} tokens: write it again, or lower --context")
+        arrays.append(np.memmap(path, dtype=DTYPES[dtype], mode="r"))
         if arrays[-1].max() >= tok.vocab_size:
             raise ValueError(f"{path}: holds token {arrays[-1].max()}, outside the tokenizer's "
                              f"{tok.vocab_size}: write it again with this tokenizer")

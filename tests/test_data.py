@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import TARGET, assert_refused, run_script
 
 from data import everyday, files, pretrain_text, smollm2, tokenizer
@@ -69,9 +70,33 @@ def test_token_files_hold_every_document_once_and_split_by_document(sentencepiec
     meta = json.loads((tmp_path / "a" / "meta.json").read_text())
     assert (meta["train_tokens"], meta["eval_tokens"]) == (180, 20)
     assert meta["tokenizer_fingerprint"] == tok.fingerprint
-    tok.vocab_size = 70000
-    with pytest.raises(ValueError, match="at most 65536"):
-        write("d", 0)
+
+
+def test_a_vocabulary_beyond_uint16_has_wider_token_files_and_older_files_are_read(
+        sentencepiece_folder, tmp_path):
+    tok = tokenizer.load(sentencepiece_folder)
+    for size, dtype in ((65536, "uint16"), (65537, "uint32"), (128256, "uint32")):
+        tok.vocab_size = size
+        documents = [[size - 1, i, 3] for i in range(20)]
+        pretrain_text.write_tokens(tmp_path, documents, [], tok, 0.1, seed=0)
+        meta = json.loads((tmp_path / "meta.json").read_text())
+        assert meta["dtype"] == dtype
+        train, held_out = pretrain_text.read(tmp_path, tok, 4)
+        assert (len(train), len(held_out)) == (meta["train_tokens"], meta["eval_tokens"]) == (72, 8)
+        whole = np.concatenate((train, held_out)).reshape(-1, 4).tolist()
+        assert sorted(whole) == [[size - 1, i, 3, tok.document_id] for i in range(20)]
+        window = pretrain_text.spread(train, 3, 1)
+        assert window.dtype == torch.int64 and window[0, 0] == size - 1
+    meta["dtype"] = "float32"
+    files.write_json(tmp_path / "meta.json", meta)
+    with pytest.raises(ValueError, match="meta.json: dtype is 'float32'"):
+        pretrain_text.read(tmp_path, tok, 4)
+    tok.vocab_size = 400
+    del meta["dtype"]                                    # a file of an older form: uint16
+    files.write_json(tmp_path / "meta.json", meta)
+    for name in ("train.bin", "eval.bin"):
+        np.arange(40, dtype="<u2").tofile(tmp_path / name)
+    assert pretrain_text.read(tmp_path, tok, 4)[1].tolist() == list(range(40))
 
 
 def test_bad_input_is_one_sentence(sentencepiece_folder, tmp_path):

@@ -69,12 +69,12 @@ def metaspace(scheme):
     return made
 
 
-def byte_level(*before, prefix=False, normalizer=None, **options):
+def byte_level(*before, prefix=False, regex=None, normalizer=None, **options):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     made = Tokenizer(models.BPE(**options))
     made.pre_tokenizer = pre_tokenizers.Sequence([
-        *before, pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=not before)])
+        *before, pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=regex or not before)])
     made.decoder = decoders.ByteLevel()
     if normalizer:
         made.normalizer = normalizer
@@ -90,6 +90,30 @@ def llama3():
     pattern = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+"
     return byte_level(pre_tokenizers.Split(Regex(pattern), "isolated"), ignore_merges=True,
                       normalizer=normalizers.NFC())
+
+
+# How Llama 3 and Qwen2.5 cut a text before the merges: alike, but for the digits.
+SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
+         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def split_first(digits, **options):
+    from tokenizers import Regex, pre_tokenizers
+
+    pattern = Regex(SPLIT.replace("DIGITS", digits))
+    return byte_level(pre_tokenizers.Split(pattern, "isolated"), **options)
+
+
+def smollm2():
+    from tokenizers import pre_tokenizers
+
+    return byte_level(pre_tokenizers.Digits(individual_digits=True), regex=True)
+
+
+def qwen2():
+    from tokenizers import normalizers
+
+    return split_first("", normalizer=normalizers.NFC())
 
 
 def unigram(scheme, split):
@@ -108,7 +132,8 @@ KINDS = {"byte-level": byte_level, "byte-level, prefix": lambda: byte_level(pref
          "llama 3": llama3, "prepend": lambda: metaspace(None),
          "first": lambda: metaspace("first"), "always": lambda: metaspace("always"),
          "never": lambda: metaspace("never"), "unigram": lambda: unigram("always", True),
-         "unigram, first": lambda: unigram("first", False)}
+         "unigram, first": lambda: unigram("first", False), "smollm2": smollm2, "qwen2": qwen2,
+         "llama 3.1": lambda: split_first("{1,3}", ignore_merges=True)}
 
 
 def write(folder, kind, markers=CHAT, flags=(), edit=None, others=(), options=(), **config):
@@ -182,6 +207,78 @@ for kind, base in (("byte-level", 366), ("first", 420), ("model", 420)):
             "kind": kind, "markers": (), "eos_token": "</s>", "others": {
                 "added_tokens.json": {"<|im_start|>": base, "<|im_end|>": base + 1},
                 "special_tokens_map.json": special}}
+
+
+# The families that model.py reads, as their makers publish them: the form of the files, the special
+# tokens, and what their templates write (their text is this file's own).
+ROLE = "{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}"
+HEADED = ("{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + "
+          "'<|eot_id|>' }}")
+EACH = "{% for m in messages %}"
+ASKED = "{% endfor %}{% if add_generation_prompt %}"
+LLAMA2_CHAT = (
+    "{% set talk, first = messages, '' %}{% if messages[0]['role'] == 'system' %}"
+    "{% set talk = messages[1:] %}"
+    "{% set first = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}{% endif %}"
+    "{% for m in talk %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% if m['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + (first if loop.first else '') + m['content'] | trim + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}")
+LLAMA3_CHAT = (
+    "{{- bos_token }}{% set date = strftime_now('%d %b %Y') if strftime_now is defined else '' %}"
+    "{% set system = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}"
+    "{{ '<|start_header_id|>system<|end_header_id|>\n\nToday Date: ' + date + '\n\n' + system + "
+    "'<|eot_id|>' }}{% for m in messages if m['role'] != 'system' %}" + HEADED + ASKED +
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
+QWEN_CHAT = ("{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are helpful."
+             "<|im_end|>\n' }}{% endif %}" + CHATML.replace("{{ bos_token }}", ""))
+MISTRAL_CHAT = (
+    "{{ bos_token }}" + EACH + "{% if m['role'] == 'user' %}"
+    "{{ '[INST] ' + m['content'] + '[/INST]' }}{% else %}"
+    "{{ ' ' + m['content'] | trim + eos_token }}{% endif %}{% endfor %}")
+LLAMA3_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>",
+                 "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>")
+CHANGED = {"add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False,
+           "model_max_length": 1000000000000000019884624838656, "sp_model_kwargs": {}}
+PLAIN = {"kind": "prepend", "markers": (), **LLAMA, **CHANGED, "eos_token": "</s>", "legacy": False}
+FAMILIES = {
+    "Llama 2 Chat": (PLAIN | {"chat_template": LLAMA2_CHAT, "pad_token": None, "others": {
+        "special_tokens_map.json": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+        "generation_config.json": {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}}},
+        ["</s>"]),
+    "Llama 2 Chat, tokenizer.model": (PLAIN | {"kind": "model", "chat_template": LLAMA2_CHAT},
+                                      ["</s>"]),
+    "TinyLlama Chat": (PLAIN | {
+        "chat_template": EACH + ROLE + ASKED + "{{ '<|assistant|>\n' }}{% endif %}",
+        "pad_token": "</s>", "padding_side": "right"}, ["</s>"]),
+    "Llama 3 Instruct": ({
+        "kind": "llama 3.1", "markers": LLAMA3_TOKENS, "chat_template": LLAMA3_CHAT,
+        "bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "unk_token": None,
+        "tokenizer_class": "PreTrainedTokenizerFast"}, ["<|eot_id|>", "<|end_of_text|>"]),
+    "Llama 3.1 Instruct": ({
+        "kind": "llama 3.1", "markers": LLAMA3_TOKENS, "chat_template": LLAMA3_CHAT,
+        "bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "unk_token": None,
+        "clean_up_tokenization_spaces": True, "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"], "model_max_length": 131072,
+        "others": {"generation_config.json": {"eos_token_id": [368, 372, 373]}}},
+        ["<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"]),
+    "SmolLM2 Instruct": ({
+        "kind": "smollm2", "markers": ("<|endoftext|>", *CHAT), "chat_template": QWEN_CHAT,
+        "bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>",
+        "pad_token": "<|im_end|>", "add_prefix_space": False, "tokenizer_class": "GPT2Tokenizer",
+        "additional_special_tokens": list(CHAT), "clean_up_tokenization_spaces": False},
+        ["<|im_end|>"]),
+    "Mistral Instruct": (PLAIN | {
+        "kind": "first", "markers": ("[INST]", "[/INST]"), "chat_template": MISTRAL_CHAT,
+        "add_prefix_space": True}, ["</s>"]),
+    "Mistral Instruct, legacy": (PLAIN | {"chat_template": MISTRAL_CHAT, "legacy": True}, ["</s>"]),
+    "Qwen2.5 Instruct": ({
+        "kind": "qwen2", "markers": ("<|endoftext|>", *CHAT, "<|fim_pad|>"),
+        "chat_template": QWEN_CHAT, "bos_token": None, "unk_token": None, "add_prefix_space": False,
+        "add_bos_token": False, "pad_token": "<|endoftext|>", "tokenizer_class": "Qwen2Tokenizer",
+        "additional_special_tokens": list(CHAT), "clean_up_tokenization_spaces": False,
+        "split_special_tokens": False}, ["<|im_end|>"])}
+CASES |= {family: case for family, (case, _) in FAMILIES.items()}
 
 
 @pytest.fixture(scope="session")
@@ -350,6 +447,15 @@ def test_end_tokens_come_from_every_file_that_names_some(tmp_path, others, confi
     assert tok.document_id == (2 if config.get("eos_token") == "</s>" else tok.eos_id)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_turn_of_each_family_ends_as_its_template_writes_it(pair, family):
+    ours, _ = pair(family)
+    assert [ours._pieces[i] for i in ours.eos_ids] == FAMILIES[family][1]
+    talk = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "there"}]
+    after = ours.chat_prompt(talk, False)[len(ours.chat_prompt(talk[:1])):]
+    assert ours.eos_id in after and ours.decode(after).split() == ["there"]
+
+
 # ---- What cannot be done is one sentence --------------------------------------------------------
 
 def changed(**keys):
@@ -468,7 +574,6 @@ def test_of_random_damage_only_a_sentence_comes_out(tmp_path):
 TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi \"there\" é"},
         {"role": "assistant", "content": "Hello!", "tool_calls": None},
         {"role": "user", "content": "  Bye\n"}]
-EACH = "{% for m in messages %}"
 TEMPLATES = [
     EACH + "{% generation %}{{ m.content }}{% set x = 1 %}{% endgeneration %}{{ x }}{% endfor %}",
     EACH + "{% if loop.first %}{% continue %}{% endif %}{{ m.content }}{% break %}{% endfor %}",
@@ -613,12 +718,28 @@ def test_the_tiny_worlds_tokenizer_is_the_same_as_ever():
         assert tok.decode(tok.encode(row["response"])) == row["response"]
 
 
-def test_transformers_counts_as_many_tokens_in_a_trained_tokenizer(tmp_path):
+@pytest.mark.parametrize("name", ["trained", "target", "drafter-base", "drafter-aligned"])
+def test_transformers_reads_the_tiny_worlds_tokenizer_with_the_same_count_and_ids(name, tmp_path):
     transformers = pytest.importorskip("transformers")
-    tokenizer.train(LINES, tmp_path, 400)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    ours = tokenizer.load(tmp_path)
-    assert len(theirs) == ours.vocab_size == 400 and theirs.bos_token is ours.bos_id is None
+    folder, size = ROOT / "data" / "tiny_world" / name, 2048
+    if name == "trained":
+        folder, size = tmp_path, 400
+        tokenizer.train(LINES, folder, size)
+        (folder / "config.json").write_text('{"model_type": "llama", "vocab_size": 400}')
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), tokenizer.load(folder)
+    assert len(theirs) == ours.vocab_size == size
+    assert size == json.loads((folder / "config.json").read_text())["vocab_size"]
+    assert theirs.bos_token is ours.bos_id is None and theirs.eos_token_id == ours.eos_id
+    # Texts without double spaces and line breaks: this tokenizer.model makes one space of them,
+    # transformers 5 leaves that out.
+    for text in ["The cat's answer: 12 + 30!", "hello there", "a", "köln", "🙂 x"]:
+        assert theirs(text)["input_ids"] == ours.encode(text)
+        talk = [{"role": "user", "content": text}]
+        assert ours.chat_prompt(talk) == theirs.apply_chat_template(
+            talk, add_generation_prompt=True, return_dict=False)
+    # A copy that transformers has written counts the same.
+    theirs.save_pretrained(tmp_path / "saved")
+    assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")) == size
 
 
 def test_fingerprints_tell_tokenizers_apart(sentencepiece_folder, tmp_path):
