@@ -4,29 +4,46 @@
     python data/export_gguf.py data/smollm2-drafter --out out/drafter.gguf
 
 Matrices become fp16, norms fp32. llama.cpp turns neighbouring rows of q and k as rotary pairs, so
-they are permuted, each by its own number of heads. How text is split before the merges is a name in
-GGUF; a tokenizer whose way has no name here is refused, since llama.cpp would make other ids of a
-text, and nobody would notice. A draft vocabulary is left out: llama.cpp's drafter uses the whole
-head. Needs the package gguf (requirements-real.txt).
+they are permuted, each by its own number of heads; Llama 3.1's rotary scaling becomes a tensor,
+rope_freqs. How text is split before the merges is a name in GGUF; a tokenizer whose way has no name
+here is refused, since llama.cpp would make other ids of a text, and nobody would notice. A draft
+vocabulary is left out: llama.cpp's drafter uses the whole head. Needs the package gguf
+(requirements-real.txt).
 """
 
+import math
 import sys
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 
 if not __package__:  # run as a script: sys.path[0] is data/, the root is one up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from data import files, tokenizer
 
-# The types of what stands before the merges in a tokenizer.json, in order, and GGUF's name for it.
-PRE_TOKENIZERS = {("Digits", "ByteLevel"): "smollm", ("ByteLevel",): "gpt-2"}
+# What stands before the merges in a tokenizer.json, in order, each by its type or its pattern, and
+# GGUF's name for it.
+LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+PRE_TOKENIZERS = {("Digits", "ByteLevel"): "smollm", ("ByteLevel",): "gpt-2",
+                  (LLAMA3_SPLIT, "ByteLevel"): "llama-bpe"}
 
 
 def interleave(weight, heads):
     """Rows of q or k (heads * head_dim, D): the pair (i, i + head_dim / 2) becomes (2i, 2i + 1)."""
     rows, width = weight.shape
     return weight.view(heads, 2, rows // heads // 2, width).transpose(1, 2).reshape(rows, width)
+
+
+def rotary_factors(rope, theta, head_dim):
+    """(head_dim / 2,) fp32: what llama.cpp divides each rotary pair's speed by, for rope_type
+    llama3. The rule stands in model.slowed."""
+    speed = theta ** -(torch.arange(0, head_dim, 2) / head_dim)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    turns = rope["original_max_position_embeddings"] / (2 * math.pi / speed)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return 1 / ((1 - kept) / rope["factor"] + kept)
 
 
 def gguf_tensor(names, name, weight, heads):
@@ -50,9 +67,14 @@ def pre_tokenizer_name(path, content):
     """GGUF's name for how a tokenizer.json splits a text before the merges. ValueError if none."""
     before = content["pre_tokenizer"] or {}
     parts = before.get("pretokenizers", [before])
-    name = PRE_TOKENIZERS.get(tuple(part.get("type") for part in parts))
-    usual = all(part.get("use_regex", True) and part.get("individual_digits", True)
+    name = PRE_TOKENIZERS.get(tuple(part.get("pattern", {}).get("Regex", part.get("type"))
+                                    for part in parts))
+    # Where a pattern splits, GPT-2's own does not split again, and whole words need no merges.
+    split, model = name == "llama-bpe", content["model"]
+    usual = all(part.get("use_regex", not split) != split and part.get("individual_digits", True)
+                and part.get("behavior", "Isolated") == "Isolated" and not part.get("invert")
                 and not part.get("add_prefix_space") for part in parts)
+    usual = usual and bool(model.get("ignore_merges")) == split
     if content["model"]["type"] != "BPE" or not name or not usual or content["normalizer"]:
         raise ValueError(f"{path}: llama.cpp has no name known here for its pre_tokenizer or "
                          f"normalizer (known: {', '.join(PRE_TOKENIZERS.values())})")
@@ -64,19 +86,20 @@ def add_tokenizer(folder, writer, rows):
     from gguf import SentencePieceVocab, TokenType
 
     tok, path = tokenizer.load(folder), folder / "tokenizer.json"
-    if path.is_file():
+    if not (folder / "tokenizer.model").is_file():
         content = files.read_json(path)
         name, merges = pre_tokenizer_name(path, content), content["model"]["merges"]
         tokens = {i: (text, TokenType.NORMAL) for text, i in content["model"]["vocab"].items()}
-        for token in content["added_tokens"]:
-            kind = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
-            tokens[token["id"]] = (token["content"], kind)
         writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
     else:
         name, pieces = "default", list(SentencePieceVocab(folder).sentencepiece_tokens())
         tokens = {i: (text, kind) for i, (text, _, kind) in enumerate(pieces)}
         unused = [-1e6] * (rows - len(pieces))
         writer.add_token_scores([score for _, score, _ in pieces] + unused)
+    for text, token in tok.added.items():
+        kind = TokenType.CONTROL if token.get("special") else TokenType.USER_DEFINED
+        if tokens.get(token["id"], (text, None))[1] != TokenType.UNKNOWN:
+            tokens[token["id"]] = (text, kind)
     if max(tokens) >= rows:
         raise ValueError(f"{folder}: {max(tokens) + 1} tokens, the embedding only {rows} rows")
     tokens = [tokens.get(i, (f"[PAD{i}]", TokenType.UNUSED)) for i in range(rows)]
@@ -101,9 +124,11 @@ def export(folder, out):
     config, weights = files.read_json(folder / "config.json"), {}
     for part in sorted(folder.glob("*.safetensors")):                     # one file, or its shards
         weights |= load_file(part)
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if config["model_type"] != "llama" or rope.get("rope_type", "default") != "default":
-        raise ValueError(f"{folder}: only Llama models with plain rotary positions can be written")
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    kind, scaling = config["model_type"], rope.get("rope_type", rope.get("type", "default"))
+    if kind != "llama" or scaling not in ("default", "llama3"):
+        raise ValueError(f"{folder}: model_type {kind} with rope_type {scaling} cannot be written, "
+                         f"only llama with default or llama3")
     rows, tied = len(weights["model.embed_tokens.weight"]), config.get("tie_word_embeddings")
     heads = {"attn_q": config["num_attention_heads"]}
     heads["attn_k"] = config.get("num_key_value_heads") or heads["attn_q"]
@@ -123,6 +148,9 @@ def export(folder, out):
         for name, value in fields.items():        # the writer has a function for each
             getattr(writer, f"add_{name}")(value)
         add_tokenizer(folder, writer, rows)
+        if scaling == "llama3":
+            factors = rotary_factors(rope, theta, head_dim)
+            writer.add_tensor("rope_freqs.weight", factors.numpy())
         for name, weight in weights.items():
             if not (name == "lm_head.weight" and tied or name.endswith("rotary_emb.inv_freq")):
                 writer.add_tensor(*gguf_tensor(names, name, weight, heads))

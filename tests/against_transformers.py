@@ -17,13 +17,13 @@ collected by pytest.
 import argparse
 import importlib.util
 import json
-import multiprocessing
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from llama_cpp_process import Text, llama_cpp
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import distill  # noqa: E402
@@ -62,11 +62,11 @@ def ways_of(args, device):
         folder, q4 = files.cache_dir("gguf"), smollm2.fetch_gguf()
         for name in ("target", "draft"):
             export_gguf.export(getattr(args, name), folder / f"{name}.gguf")
-        gamma = args.llama_gamma
-        ways["llama.cpp F16, plain"] = llama_cpp(args, folder / "target.gguf")
+        gamma, limits = args.llama_gamma, (args.max_new_tokens, torch.get_num_threads())
+        ways["llama.cpp F16, plain"] = llama_cpp(folder / "target.gguf", *limits)
         ways[f"llama.cpp F16, gamma {gamma}, this drafter"] = llama_cpp(
-            args, folder / "target.gguf", folder / "draft.gguf", gamma)
-        ways["llama.cpp Q4_1, plain"] = llama_cpp(args, q4)
+            folder / "target.gguf", *limits, folder / "draft.gguf", gamma)
+        ways["llama.cpp Q4_1, plain"] = llama_cpp(q4, *limits)
     else:
         print("no rows of llama.cpp: pip install xllamacpp")
     return ways, tok, target
@@ -120,65 +120,6 @@ def transformers_ways(args, device, tok):
             before=schedule(count, confidence), assistant_model=assistant)
     ways[f"transformers {faster}, prompt lookup 3"] = generate(prompt_lookup_num_tokens=3)
     return ways
-
-
-def llama_cpp(args, path, draft=None, gamma=0):
-    """A compiled program: function(prompt ids) -> (text, None). It counts its tokens itself.
-
-    It runs in a process of its own, which sleeps until it is asked. In this process, the OpenMP
-    library that both share would count its threads together with torch's. That is more threads
-    than cores, so the library would let them sleep between two operations, and every small
-    operation would cost more.
-    """
-    here, there = multiprocessing.Pipe()
-    server = multiprocessing.get_context("spawn").Process(
-        target=serve_llama_cpp, daemon=True,
-        args=(there, str(path), draft and str(draft), gamma, torch.get_num_threads()))
-    server.start()
-    there.close()
-
-    def run(ids):
-        try:
-            if not server.is_alive():      # files.run lets a write to a closed pipe end the program
-                raise EOFError
-            here.send({"prompt": ids, "n_predict": args.max_new_tokens, "temperature": 0,
-                       "cache_prompt": False})
-            said = here.recv()
-        except EOFError:
-            raise ValueError("llama.cpp's process has ended, for the reason above; without "
-                             "xllamacpp its rows are left out") from None
-        if "choices" not in said:
-            raise ValueError(f"llama.cpp refused the prompt: {said}")
-        return Text(said["choices"][0]["text"], said["usage"]["completion_tokens"]), None
-    return run
-
-
-def serve_llama_cpp(connection, path, draft, gamma, threads):
-    """The other process: answers requests until the first one hangs up."""
-    import xllamacpp
-    settings = xllamacpp.CommonParams()
-    settings.model.path, settings.n_ctx, settings.n_parallel, settings.verbosity = path, 2048, 1, 0
-    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
-    if draft:
-        kinds, ours = xllamacpp.common_speculative_type, settings.speculative
-        ours.types = [kinds.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
-        ours.draft.mparams.path, ours.draft.n_max = draft, gamma
-        ours.draft.cpuparams.n_threads = ours.draft.cpuparams_batch.n_threads = threads
-    server = xllamacpp.Server(settings)
-    try:
-        while True:
-            connection.send(server.handle_completions(connection.recv()))
-    except EOFError:
-        pass
-
-
-class Text(str):
-    """A text and the number of tokens it was made of."""
-
-    def __new__(cls, text, count):
-        self = super().__new__(cls, text)
-        self.count = count
-        return self
 
 
 def interval(tokens, seconds, base, picks):
