@@ -1,8 +1,8 @@
 """A Llama-style decoder, its key-value cache, and how a model is read from and written to disk.
 
 In speculative decoding a small model, the drafter, guesses a few tokens, and the large one, the
-target (SmolLM2-135M-Instruct, TinyLlama, Llama 2...), checks them all in one pass. The same few
-lines are both; only Config and weights differ. Tokens go in, logits come out:
+target (SmolLM2, TinyLlama, Llama 2 and 3, Mistral, Qwen2.5), checks them all in one pass. The same
+few lines are both; only Config and weights differ. Tokens go in, logits come out:
 
     tokens (B, T) -> embedding (B, T, D) -> several Blocks -> norm -> head -> logits (B, T, V)
 
