@@ -249,3 +249,19 @@ def test_no_key_of_transformers_configuration_is_forgotten(kind):
                                           "keys_to_ignore_at_inference"}
     read = {field.name for field in dataclasses.fields(model.Config)}
     assert keys <= read | HARMLESS | model.NEUTRAL.keys()
+
+
+def test_of_an_odd_value_under_any_key_only_a_sentence_comes_out(tmp_path):
+    odd = [None, True, -1, 0, 2.5, 10 ** 40, "", "llama3", [], [1, None], {}, {"rope_type": None},
+           {"rope_type": {}}, {"type": []}, {"rope_type": "llama3", "factor": []},
+           SCALING | {"low_freq_factor": None}, SCALING | {"rope_theta": "x"}]
+    path = tmp_path / "config.json"
+    for published in (LLAMA31, MISTRAL, QWEN2):
+        for key in ("rope_scaling", "rope_parameters", "rope_theta", "model_type", "sliding_window",
+                    "attention_bias"):
+            for value in odd:
+                path.write_text(json.dumps(published | {key: value}))
+                try:
+                    model.read_config(tmp_path)
+                except ValueError as error:
+                    assert "\n" not in str(error)
