@@ -136,7 +136,7 @@ def test_logits_equal_transformers_as_published_and_after_a_save_by_either(famil
     theirs, tokens = publish(config, tmp_path / "published"), random_tokens(300)
     expected = theirs(tokens).logits
     llama = model.load(tmp_path / "published").requires_grad_(False)
-    assert difference(llama(tokens), expected) < 2e-5
+    assert difference(llama(tokens), expected) < 1e-4
     # transformers saves it in today's spelling of the keys; this project saves both spellings.
     theirs.save_pretrained(tmp_path / "theirs")
     assert "rope_parameters" in json.loads((tmp_path / "theirs" / "config.json").read_text())
@@ -162,7 +162,7 @@ def test_biases_count_in_every_way_of_reading(tmp_path):
     for one in (llama, fast):
         cache = model.KVCache(one.config, 1, 60)
         parts = [one(part, cache) for part in tokens.split([20, 1, 4, 35], 1)]
-        assert difference(torch.cat(parts, 1), expected) < 2e-5
+        assert difference(torch.cat(parts, 1), expected) < 1e-4
     for block in llama.layers:
         block.self_attn.qkv_proj.bias.zero_()
     assert difference(llama(tokens), expected) > 0.05          # the test would see a lost bias
@@ -174,7 +174,7 @@ def test_rotary_scaling_equals_transformers_at_positions_behind_the_original_con
     llama = model.load(tmp_path / "published").requires_grad_(False)
     expected, cache = theirs(tokens).logits, model.KVCache(llama.config, 1, 1500)
     parts = [llama(part, cache) for part in tokens.split(500, 1)]
-    assert difference(torch.cat(parts, 1), expected) < 2e-5
+    assert difference(torch.cat(parts, 1), expected) < 1e-4
     llama.config.rope_scaling = None
     assert difference(llama(tokens), expected) > 0.02
 
