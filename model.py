@@ -481,17 +481,8 @@ def decoding_copy(llama):
 
 # On disk q, k, v and gate, up are matrices of their own; here each group is one, in this order.
 JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-# The model_types that this decoder computes, and whether their q, k and v have a bias.
-FAMILIES = {"llama": False, "mistral": False, "qwen2": True}
-# Keys that change the arithmetic, in these families or in kin that shares their names, each with
-# the value at which it changes nothing; another one is refused. What brings weights of its own
-# shows there. (pretraining_tp only cuts products into parts, and adds them up again.)
-NEUTRAL = {
-    "hidden_act": "silu", "mlp_bias": False, "sliding_window": None, "use_sliding_window": False,
-    "rope_interleaved": False, "partial_rotary_factor": 1, "original_max_position_embeddings": None,
-    "attn_logit_softcapping": None, "final_logit_softcapping": None, "attention_multiplier": None,
-    "embedding_multiplier": 1, "residual_multiplier": 1, "logits_scaling": 1, "clip_qkv": None,
-    "quantization_config": None}
+# The model_types that this decoder computes, and the keys that would change its arithmetic.
+FAMILIES = files.read_json(Path(__file__).parent / "data" / "families.json")
 LLAMA3 = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 
 
@@ -595,13 +586,13 @@ def read_config(folder):
     decoder cannot do."""
     path = Path(folder) / "config.json"
     keys = files.read_json(path)
-    kind = keys.get("model_type", "llama")
-    if kind not in [*FAMILIES]:
-        raise ValueError(f"{path}: model_type is {kind!r}; this decoder reads {[*FAMILIES]}")
+    kind, biased = keys.get("model_type", "llama"), FAMILIES["attention_bias"]
+    if kind not in [*biased]:
+        raise ValueError(f"{path}: model_type is {kind!r}; this decoder reads {[*biased]}")
     # Where Mistral has no such key 4,096 is meant; Qwen2's counts only with use_sliding_window.
     keys = {"mistral": {"sliding_window": 4096} | keys,
             "qwen2": keys | {"sliding_window": None}}.get(kind, keys)
-    for key, value in (NEUTRAL | {"attention_bias": FAMILIES[kind]}).items():
+    for key, value in {**FAMILIES["neutral"], "attention_bias": biased[kind]}.items():
         if keys.get(key) not in (None, value):
             raise ValueError(f"{path}: {key} is {keys[key]!r}, which changes what a model computes;"
                              f" this decoder knows {key} {value!r} alone")
@@ -614,7 +605,7 @@ def read_config(folder):
     known = {field.name: keys[field.name] for field in fields(Config) if field.name in keys}
     known["rope_theta"] = rope.get("rope_theta", keys.get("rope_theta", 10000.0))
     known["rope_scaling"] = None if scaling == {"rope_type": "default"} else scaling
-    known["attention_bias"] = FAMILIES[kind]
+    known["attention_bias"] = biased[kind]
     for key, value in known.items():
         if not valid(key, value):
             raise ValueError(f"{path}: {key} is {value!r}: damaged, or not known to this decoder")
