@@ -31,7 +31,7 @@ import torch
 
 import losses
 import model
-from data import files, report, tokenizer
+from data import files, report, tokenizer, viewer
 
 # ---- The loop ----------------------------------------------------------------------------------
 
@@ -502,6 +502,8 @@ def parse():
     add("--limit", type=number("[0, inf)", int), default=0, metavar="N",
         help="--bench: N prompts of each task (default: all)")
     add("--json", type=Path, metavar="OUT", help="--bench: file of figures (OUT.part till its end)")
+    add("--html", type=Path, metavar="PAGE", help="--prompt: a page that replays it step by step")
+    add("--beside", type=Path, metavar="DRAFT", help="--html: a second drafter to compare with")
     add("--trace", default="auto", choices=["auto", *MARKS],
         help="how tokens are told apart (auto: brackets with NO_COLOR, plain in a pipe)")
     files.machine_flags(parser)
@@ -509,6 +511,8 @@ def parse():
     if (args.target is None) != (args.draft is None):
         raise ValueError("--target and --draft belong together: give both, or neither")
     args.first = args.prompt is None and not args.chat and not args.bench
+    if args.html and args.prompt is None or args.beside and not args.html:
+        raise ValueError("--html needs the --prompt that it shows, and --beside needs --html")
     if args.prompt is not None and not args.prompt.strip():
         raise ValueError("--prompt is empty: give the text to answer")
     if args.prompt:                              # UTF-8, also where the terminal says it is ASCII
@@ -530,20 +534,23 @@ def parse():
 
 def main():
     args = parse()
-    with files.locked(args.json) if args.json else contextlib.nullcontext():
+    out = args.json or args.html
+    with files.locked(out) if out else contextlib.nullcontext():
         decode(args)
 
 
 def decode(args):
     """Load the pair, and do what is asked of it."""
     tok, style = tokenizer.load_pair(args.target, args.draft), trace_style(args.trace)
+    if args.beside:
+        tokenizer.load_pair(args.target, args.beside)
     if args.first and style == "plain":
         style = "brackets"
     # In a pipe stdout carries what was asked for alone.
     with contextlib.redirect_stdout(sys.stderr if style == "plain" else sys.stdout):
         device, dtype = files.set_up(args)
-        target, draft = (model.load(folder, device, dtype, tok.vocab_size).for_decoding()
-                         for folder in (args.target, args.draft))
+        target, draft, *second = (model.load(folder, device, dtype, tok.vocab_size).for_decoding()
+                                  for folder in (args.target, args.draft, args.beside) if folder)
         print(f"target {target.parameter_count() / 1e6:.1f} M parameters, drafter "
               f"{draft.parameter_count() / 1e6:.1f} M")
     choose = None
@@ -555,6 +562,10 @@ def decode(args):
         print(f"next: python speculate.py --target {args.target} --draft {args.draft} --chat")
     elif args.chat:
         chat(pair, args, style)
+    elif args.html:
+        drafters = dict(zip((args.draft, args.beside), (draft, *second)))
+        viewer.write(args, pair, drafters, speculative_stream, autoregressive_stream, VERIFY)
+        print(f"wrote {args.html}: open it in a browser")
     elif args.prompt:
         answer(pair, [{"role": "user", "content": args.prompt}], args, style)
     else:
