@@ -37,9 +37,9 @@ def write(args, pair, drafters, speculative, plain, rules):
     del rules["watched"]
     # As many tokens as the longest run has, past an end token, too: only their time is of interest.
     stream = plain(target, tokens, max(run["tokens"] for run in runs.values()), *shape)
-    times = torch.tensor([time.perf_counter() for _ in stream], dtype=torch.float64)
-    trace = {"flags": vars(args), "plain_ms": rounded(times.diff() * 1e3), "runs": runs,
-             "machine": report.machine(), "controls": tok.controls}
+    times = torch.tensor([time.perf_counter() for _ in stream], dtype=torch.float64) * 1e3
+    trace = {"flags": {name: str(value) for name, value in vars(args).items()}, "runs": runs,
+             "plain_ms": rounded(times.diff()), "machine": report.machine(), "names": tok.controls}
     with files.atomic(args.html) as temporary:
         temporary.write_text(page(trace), encoding="utf-8")
 
@@ -47,9 +47,8 @@ def write(args, pair, drafters, speculative, plain, rules):
 def page(trace):
     """The page with these notes. NaN and infinity are no JSON: ValueError. As ASCII it can hold
     half a surrogate pair, and without "<" no text in it ends the script element."""
-    text = json.dumps(trace, allow_nan=False, separators=(",", ":"), default=str)   # str: of a path
-    return Path(__file__).with_name("trace.html").read_text("utf-8").replace(
-        "{TRACE}", text.replace("<", "\\u003c"))
+    text = json.dumps(trace, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    return Path(__file__).with_name("trace.html").read_text("utf-8").replace("{TRACE}", text)
 
 
 class Watch:
@@ -76,23 +75,24 @@ class Watch:
             blocks.append({"ms": rounded(times.diff() * 1e3), "tokens": [*map(self.word, tokens)],
                            **(self.notes(tokens, len(blocks), *self.seen) if blocks else {})})
             old, start, self.began = len(made.tokens), time.perf_counter(), []
-        return {"blocks": blocks, "tokens": old, "accepted": made.accepted, "tau": made.tau}
+        tau = made.tau if made.blocks else None                  # no block: one token was wanted
+        return {"blocks": blocks, "tokens": old, "accepted": made.accepted, "tau": tau}
 
     def notes(self, tokens, number, guesses, q, p, coins, kept, follow):
         """Of a block that gave these tokens. A place is that of a guess, or behind the last one if
         all were kept. It has rows: a token, its p, its q if a guess was made there, its chance to
         follow if the block ended there. What is behind a refusal was not looked at. Late in a long
         text a place has fewer rows, or the page would be too large."""
-        both, ids, places = torch.minimum(p[:-1], q).sum(1), guesses.tolist(), []
-        ratios = (p[:-1].gather(1, guesses[:, None]) / q.gather(1, guesses[:, None]))[:, 0]
+        ids, places, at = guesses.tolist(), [], guesses.to(p.device)[:, None]       # at (gamma, 1)
+        both, ratios = torch.minimum(p[:-1], q).sum(1), p[:-1].gather(1, at) / q.gather(1, at)
         for i in range(int(kept) + 1):
             figures = torch.stack([p[i], *q[i:i + 1], *([follow] if i == kept else [])])
             top = figures.amax(0).topk(min(p.shape[1], max(1, min(8, 400 // number))))
             # The guess, what came out (the same if it was kept), and the likely ones.
             rows = ids[i:i + 1] + tokens[i:i + 1] + top.indices[top.values > 0].tolist()
             places.append([[self.word(x), *rounded(figures[:, x])] for x in dict.fromkeys(rows)])
-        return {"kept": int(kept), "coins": rounded(coins), "ratios": rounded(ratios.clamp(max=1)),
-                "both": rounded(both), "places": places + [[[self.word(x)]] for x in ids[i + 1:]]}
+        return dict(kept=int(kept), coins=rounded(coins), ratios=rounded(ratios.clamp(max=1)[:, 0]),
+                    both=rounded(both), places=places + [[[self.word(x)]] for x in ids[i + 1:]])
 
     def word(self, token):
         """A token's bytes, one character each: the page joins them to letters. A control token:

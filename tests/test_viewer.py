@@ -175,7 +175,7 @@ def random_trace(count, runs=1, vocab=300, gamma=3):
 
 def trace_of(runs, plain_ms, prompt="A question"):
     flags = {"prompt": prompt, "verify": "token", "temperature": 1, "top_p": 1, "seed": 0}
-    return {"flags": flags, "machine": "none", "controls": {"<|end|>": 3}, "plain_ms": plain_ms,
+    return {"flags": flags, "machine": "none", "names": {"<|end|>": 3}, "plain_ms": plain_ms,
             "runs": runs}
 
 
@@ -300,6 +300,7 @@ def test_dark_mode_and_less_motion_are_followed(browser, tiny_page):
     for dark in (False, True):
         browser.emulate(1180, 900, dark=dark, still=dark)
         browser.open(tiny_page[0])
+        browser.press("ArrowRight")
         looks.append(browser.run(look))
     (light_ground, light_ink, motion), (dark_ground, dark_ink, stillness) = looks
     assert sum(map(int, re.findall(r"\d+", light_ground))) > 700 > 150 > sum(
@@ -327,6 +328,8 @@ def opened(browser, tmp_path, trace, fragment="#2"):
     assert browser.errors == []
 
 
+BOXES = """[...document.querySelectorAll('.text .badge')].filter(box => box.offsetParent)
+    .map(box => box.textContent)"""
 LABELS = "[...document.querySelectorAll('tbody th bdi')].map(label => label.textContent)"
 
 
@@ -355,9 +358,11 @@ def test_half_an_emoji_is_shown_as_bytes_until_it_is_whole(browser, tmp_path):
         ["Hi", " " + party[:2], party[2], party[3], "!", party[2:], party[:2]]))
     assert sorted(browser.run(LABELS)) == sorted(["\U0001f389", "!", "8E 89", "F0 9F"])
     browser.press("End")
-    assert text_of(browser) == "Hi !"
-    boxes = "[...document.querySelectorAll('.text .badge')].map(box => box.textContent)"
-    assert browser.run(boxes) == ["F0 9F", "8E"]
+    assert text_of(browser) == "Hi !" and browser.run(BOXES) == []
+    opened(browser, tmp_path, small_trace(["Hi", "a", " " + party[:2], "x", party[2]]), "#9")
+    assert text_of(browser) == "Hia " and browser.run(BOXES) == ["F0 9F 8E"]
+    opened(browser, tmp_path, small_trace(["Hi", "a", " " + party[:3], "x", party[3]]), "#9")
+    assert text_of(browser) == "Hia \U0001f389" and browser.run(BOXES) == []
 
 
 @needs_browser
@@ -394,6 +399,14 @@ def test_right_to_left_words_do_not_move_the_numbers_beside_them(browser, tmp_pa
     assert browser.run(isolated) == "isolate"
     detail = browser.run("document.querySelector('.detail').textContent")
     assert "p = 0, q = 0.600" in detail
+
+
+@needs_browser
+def test_an_answer_of_one_token_has_no_blocks_and_no_tau(browser, tmp_path):
+    run = {"blocks": [{"ms": [9.0], "tokens": ["Yes"]}], "tokens": 1, "accepted": 0, "tau": None}
+    opened(browser, tmp_path, trace_of({"drafter": run}, []), "#1")
+    assert text_of(browser) == "Yes"
+    assert not re.search("NaN|undefined|Infinity|null", shown(browser))
 
 
 @needs_browser
