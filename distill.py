@@ -23,6 +23,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import glob
 import itertools
 import json
 import os
@@ -69,7 +70,10 @@ def distillation_backward(draft, target, states, batch, loss, scale=1.0, chunk=2
     programs, which use the whole head.
     """
     tokens, answer = train.collate(batch, draft.embed_tokens.weight.device)
-    hidden, target_states = draft.hidden(tokens)[answer], states.read(batch)             # (N, D)
+    rows = train.own(len(batch))            # all of them, unless several processes share the batch
+    first, count = int(answer[:rows.start].sum()), int(answer.sum())
+    hidden, target_states = draft.hidden(tokens[rows])[answer[rows]], states.read(batch[rows])
+    # Both are (N, D).
     ids = draft.draft_vocabulary
     if ids is not None:
         others = never_proposed(draft)
@@ -81,7 +85,7 @@ def distillation_backward(draft, target, states, batch, loss, scale=1.0, chunk=2
         return F.linear(hidden[rows], head), F.linear(target_states[rows], target_head)
 
     # What a loss must know of all positions before it is given some; tvd++ needs the mean reward.
-    options = losses.step_options(loss, len(hidden), chunk, logits)
+    options = losses.step_options(loss, len(hidden), chunk, logits, first, count, train.mean)
     alphas = []
 
     def loss_at(draft_logits, rows):
@@ -91,10 +95,10 @@ def distillation_backward(draft, target, states, batch, loss, scale=1.0, chunk=2
         if value.shape != (len(draft_logits),):
             raise ValueError(f"the loss has shape {tuple(value.shape)} for {len(draft_logits)} "
                              f"positions: it must be one number for each")
-        return scale * value.sum() / len(hidden)
+        return scale * value.sum() / count
 
     total = train.backward_in_chunks(hidden, head, chunk, loss_at)
-    return total.item() / scale, torch.cat(alphas).mean().item()
+    return total.item() / scale, (torch.cat(alphas).sum() / count).item()
 
 
 @torch.no_grad()
@@ -126,9 +130,8 @@ def align(draft, target, states, training, held_out, pretraining, tok, args):
     baseline = getattr(loss, "keywords", {}).get("baseline")
     memory = vars(baseline) if isinstance(baseline, losses.RunningMean) else {}
     autocast = torch.autocast(device.type, states.dtype, enabled=states.dtype != torch.float32)
-    run = train.Run(args, draft, settings, "positions", "held_out_alpha",
+    run = train.Run(args, draft, tok, settings, "positions", "held_out_alpha",
                     lambda: acceptance(draft, target, states, held_out), generator, memory)
-    tokenizer.copy(args.draft, args.out)
     # The loss is (1 - share) * distillation + share * plain text, and rows are in the same ratio.
     # The paper mixes 9 : 1. With the default batch of 9 that is one window of text per step.
     share = args.pretrain_fraction if pretraining is not None else 0.0
@@ -169,8 +172,11 @@ def load_pair(args):
     """(tok, target, draft) of --target and --draft, weights in fp32 whatever --dtype is."""
     device, _ = files.set_up(args)
     tok = tokenizer.load_pair(args.target, args.draft)
-    target, draft = (model.load(folder, device, vocab_size=tok.vocab_size)
-                     for folder in (args.target, args.draft))
+    # What is to be divided is read into the CPU's memory: it need not fit into one GPU's.
+    divided = args.shard_target and files.world() > 1
+    target, draft = (model.load(folder, where, vocab_size=tok.vocab_size) for folder, where in (
+        (args.target, "cpu" if divided else device), (args.draft, device)))
+    target = train.shard(target) if divided else target
     return tok, target.requires_grad_(False), draft
 
 
@@ -252,12 +258,15 @@ class TargetStates:
     def read(self, batch):
         """States (N, D) at the answer positions of these examples, in their order."""
         weight = self.target.embed_tokens.weight
-        if missing := [e for e in batch if not self.path(e).is_file()]:
+        missing = [e for e in batch if not self.path(e).is_file()]
+        # If any process misses one all call the target: a divided one works only together.
+        if train.add_up([torch.zeros(1)], len(missing))[0]:
             tokens, answer = train.collate(missing, weight.device)
             with torch.no_grad(), torch.autocast(weight.device.type, self.dtype,
                                                  enabled=self.dtype != torch.float32):
                 self.add(missing, self.target.hidden(tokens)[answer])
-        states = np.concatenate([np.load(self.path(e)) for e in batch])
+        none = np.empty((0, weight.shape[1]), np.float16)             # for an empty batch
+        states = np.concatenate([none, *(np.load(self.path(e)) for e in batch)])
         return torch.from_numpy(states).to(weight.device, weight.dtype)
 
 
@@ -350,7 +359,7 @@ def write_records(target, tok, prompts, out, seed, temperatures=(0, 0.3, 0.7, 1.
         for k in range(per_prompt):
             temperature = temperatures[len(items) % len(temperatures)]
             items.append((ids, {"id": f"{number:05d}.{k}", **prompt, "temperature": temperature}))
-    files.trim_partial_line(out)
+    merge_parts(out)
     done = {row.get("id"): row for row in files.read_jsonl(out)} if out.is_file() else {}
     for key, item in ((key, item) for _, item in items for key in item):
         if done.get(item["id"], item).get(key) != item[key]:
@@ -358,13 +367,14 @@ def write_records(target, tok, prompts, out, seed, temperatures=(0, 0.3, 0.7, 1.
                              f"{key} differs); choose another --out")
     missing = [item for item in items if item[1]["id"] not in done]
     print(f"{len(items)} answers wanted, {len(items) - len(missing)} already in {out}")
-    generator = torch.Generator(target.embed_tokens.weight.device).manual_seed(seed + len(done))
-    progress, count, new_tokens = files.Progress(len(missing), "records"), 0, 0
-    out.parent.mkdir(parents=True, exist_ok=True)
+    missing, seed = missing[files.rank()::files.world()], seed + len(done) + 10**6 * files.rank()
+    generator = torch.Generator(target.embed_tokens.weight.device).manual_seed(seed)
+    progress, count, written = files.Progress(len(missing), "records"), 0, 0
+    part = out.with_name(f"{out.name}.part{files.rank()}") if files.world() > 1 else out
     made = answer_prompts(target, [ids for ids, _ in missing],
                           [item["temperature"] for _, item in missing], top_p, max_new_tokens,
                           {*tok.eos_ids, *stop_ids}, generator, batch_size)
-    with open(out, "a", encoding="utf-8") as file:
+    with open(part, "a", encoding="utf-8") as file:
         for number, ids, ended, hidden in made:
             prompt_ids, item = missing[number]
             if states:
@@ -373,10 +383,28 @@ def write_records(target, tok, prompts, out, seed, temperatures=(0, 0.3, 0.7, 1.
             record = item | {"response": tok.decode(ids), "response_ids": ids, "ended": ended}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()                             # a kill loses only unfinished answers
-            count, new_tokens = count + 1, new_tokens + len(ids)
-            rate = new_tokens / (time.monotonic() - progress.begin)
-            progress.update(count, f"{rate:.0f} tokens/s")
-    print(f"{out}: {count} new records, {new_tokens} tokens")
+            count, written = count + 1, written + len(ids)
+            progress.update(count, f"{written / (time.monotonic() - progress.begin):.0f} tokens/s")
+    count, written = train.add_up([torch.zeros(1).double()], count, written)   # once all have ended
+    merge_parts(out)
+    print(f"{out}: {count:.0f} new records, {written:.0f} tokens")
+
+
+def parts_of(out):
+    """The files beside `out` that processes have written, and nobody has merged yet."""
+    return sorted(out.parent.glob(f"{glob.escape(out.name)}.part*"))
+
+
+def merge_parts(out):
+    """Put their records into `out`, each once; all processes wait for it."""
+    if not files.rank():
+        files.trim_partial_line(out)
+        for part in parts_of(out):
+            files.trim_partial_line(part)
+            rows = (files.read_jsonl(out) if out.is_file() else []) + files.read_jsonl(part)
+            files.write_jsonl(out, {row["id"]: row for row in rows}.values())
+            part.unlink()
+    train.add_up([torch.zeros(1)])
 
 
 def self_instruct(target, tok, count, out, args):
@@ -404,7 +432,6 @@ def self_instruct(target, tok, count, out, args):
     # A resumed run must not write the same ones again.
     generator = torch.Generator(target.embed_tokens.weight.device).manual_seed(args.seed + begun)
     progress, dropped = files.Progress(count - begun, "instructions"), collections.Counter()
-    out.parent.mkdir(parents=True, exist_ok=True)
     with open(out, "a", encoding="utf-8") as file:
         while len(kept) < count:
             before, chosen = len(kept), list(itertools.islice(openings, count - len(kept) + 8))
@@ -458,15 +485,18 @@ def claim(args, *written):
 def generate(args):
     """Answer prompts, or self-written instructions, or write documents from an empty prompt."""
     instructions = args.out.with_suffix(".instructions.jsonl")
-    claim(args, *[args.out, instructions][:1 + bool(args.self_instruct)])
+    if not files.rank():
+        claim(args, args.out, *parts_of(args.out), *[instructions] * bool(args.self_instruct))
     prompts = files.read_prompts(args.prompts) if args.prompts else None
     device, dtype = files.set_up(args)
     tok = tokenizer.load(args.target)
     target = model.load(args.target, device, dtype, tok.vocab_size).for_decoding()
     print(f"target {args.target}: {target.parameter_count() / 1e6:.1f} M parameters")
     if args.self_instruct:
-        with files.locked(instructions):
-            self_instruct(target, tok, args.self_instruct, instructions, args)
+        if not files.rank():         # the others wait: two would write the same instruction twice
+            with files.locked(instructions):
+                self_instruct(target, tok, args.self_instruct, instructions, args)
+        train.add_up([torch.zeros(1)])
         prompts = files.read_prompts(instructions)[:args.self_instruct]
     elif args.documents:
         # Only the token that separates documents: what comes is like what it was pretrained on.
@@ -618,6 +648,7 @@ def make_parser():
         ("data", None, Path, "records of distill.py generate"),
         ("out", None, Path, "folder of the aligned drafter"),
         ("draft-vocabulary", 0, "[0, inf)", "propose the most frequent tokens alone; 0: all"))
+    sub.add_argument("--shard-target", action="store_true", help="divide it among processes")
     distillation_flags(sub, steps=600, batch_size=9, learning_rate=1e-3, eval_every=50)
 
     sub = commands.add_parser("compare", help="train a drafter with several losses: which is best?")
@@ -644,7 +675,7 @@ def compare_flags(sub):
         ("prompts", 20, "[1, inf)", "test prompts a task for tau; alpha takes all"))
     distillation_flags(sub, steps=200, batch_size=32, eval_every=16)
     sub.set_defaults(pretrain_data=Path("out/tiny/pretrain"), draft_vocabulary=0,
-                     min_learning_rate=None)
+                     min_learning_rate=None, shard_target=False)
 
 
 def distillation_flags(parser, **defaults):
@@ -669,4 +700,4 @@ def main():
 
 
 if __name__ == "__main__":
-    files.run(main)
+    files.run(main, train.processes, alone=["compare"])

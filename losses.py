@@ -331,16 +331,16 @@ LOSSES = {"kld": kld, "rkld": rkld, "jsd": jsd, "tvd": tvd, "tvd++": tvd_plus_pl
 
 # ---- One batch, cut into pieces ----------------------------------------------------------------
 
-def begin_step(rewards, baseline=None):
+def begin_step(rewards, baseline=None, mean=torch.mean):
     """mu and sigma of one optimiser step from all its rewards; a RunningMean takes mu in."""
-    mu, sigma = mean_and_deviation(rewards)
+    mu = mean(rewards)
     if isinstance(baseline, RunningMean):
         baseline.begin_step(mu)
-    return mu, sigma
+    return mu, deviation(mu)
 
 
 @torch.no_grad()
-def step_options(loss, count, chunk, logits):
+def step_options(loss, count, chunk, logits, first=0, total=None, mean=torch.mean):
     """A list of dicts, one for each `chunk` of the `count` positions: the keyword options to call
     `loss` with there, so that the losses are those of one call on all positions.
 
@@ -350,8 +350,11 @@ def step_options(loss, count, chunk, logits):
     that takes mu= or sigma= gets what it takes. A sampled one (it takes coins=, samples=, baseline=
     and generator=) also gets its coins, so that it draws the same tokens both times. Other losses
     get nothing.
+
+    Where several processes share a step, these are its positions first to first + count of total.
+    All toss the same coins, for the whole step; mean(rewards) is taken over all processes.
     """
-    pieces = [slice(at, min(at + chunk, count)) for at in range(0, count, chunk)]
+    pieces = [slice(at, min(at + chunk, count)) for at in range(0, max(count, 1), chunk)]
     options, baseline = [{} for _ in pieces], None
     takes = inspect.signature(loss).parameters
     if "mu" not in takes and "sigma" not in takes:
@@ -359,12 +362,13 @@ def step_options(loss, count, chunk, logits):
     if "coins" in takes:
         baseline = takes["baseline"].default
         baseline = BASELINES[baseline] if isinstance(baseline, str) else baseline
-        coins = toss(count, takes["samples"].default, takes["generator"].default)
+        coins = toss(total or count, takes["samples"].default, takes["generator"].default)
+        coins = coins[first:first + count]
         options = [{"coins": coins[rows]} for rows in pieces]
         rewards = [sampled_rewards(*logits(rows), coins[rows])[1] for rows in pieces]
     else:
         rewards = [expected_reward(*logits(rows)) for rows in pieces]
-    mu, sigma = begin_step(torch.cat(rewards), baseline)
+    mu, sigma = begin_step(torch.cat(rewards), baseline, mean)
     found = {name: x for name, x in (("mu", mu), ("sigma", sigma)) if name in takes}
     return [known | found for known in options]
 

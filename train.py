@@ -14,6 +14,7 @@ a row, the loss on the answer only. That is how the tiny world's target becomes 
                     --tokenizer out/tiny/tokenizer --out out/tiny/target
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -23,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import distributed
 
 import model
 from data import files, pretrain_text, tokenizer
@@ -78,7 +80,7 @@ def backward_in_chunks(hidden, head, chunk, loss_at):
     # The same numbers without a history (leaves of the graph): backward() stops at their .grad.
     hidden_leaf, head_leaf = (x.detach().requires_grad_() for x in (hidden, head))
     total = 0.0
-    for at in range(0, len(hidden), chunk):
+    for at in range(0, max(len(hidden), 1), chunk):           # of no positions: a gradient of zeros
         rows = slice(at, at + chunk)
         loss = loss_at(F.linear(hidden_leaf[rows], head_leaf), rows)
         loss.backward()
@@ -90,14 +92,18 @@ def backward_in_chunks(hidden, head, chunk, loss_at):
 
 
 def next_token_loss_backward(llama, tokens, answer=None, scale=1.0, chunk=512):
-    """Add the gradient of scale * next_token_loss to the parameters; return that loss, detached."""
+    """Add the gradient of scale * next_token_loss to the parameters; return that loss, detached.
+
+    Of many processes each reads its own rows, and adds and returns their part of both sums.
+    """
     answer = torch.ones_like(tokens, dtype=torch.bool) if answer is None else answer
-    hidden = llama.hidden(tokens[:, :-1])[answer[:, :-1]]
-    following = tokens[:, 1:][answer[:, :-1]]                                                # (N,)
+    rows, count = own(len(tokens)), int(answer[:, :-1].sum())
+    hidden = llama.hidden(tokens[rows, :-1])[answer[rows, :-1]]
+    following = tokens[rows, 1:][answer[rows, :-1]]                                          # (N,)
 
     def loss_at(logits, rows):
         loss = F.cross_entropy(logits.float(), following[rows], reduction="sum")
-        return scale * loss / len(following)
+        return scale * loss / count
 
     return backward_in_chunks(hidden, llama.head_weight(), chunk, loss_at) / scale
 
@@ -170,10 +176,11 @@ def collate(batch, device):
 
     T is a multiple of 64: with few different widths, memory that was freed fits the next batch.
     """
-    width = math.ceil(max(len(e.tokens) for e in batch) / 64) * 64
-    tokens = torch.tensor([e.tokens + [0] * (width - len(e.tokens)) for e in batch], device=device)
-    first = torch.tensor([[e.first] for e in batch], device=device)
-    end = torch.tensor([[len(e.tokens)] for e in batch], device=device)
+    width = math.ceil(max((len(e.tokens) for e in batch), default=1) / 64) * 64
+    rows = [e.tokens + [0] * (width - len(e.tokens)) for e in batch]
+    tokens = torch.tensor(rows, dtype=torch.int64, device=device).view(-1, width)
+    first = torch.tensor([e.first for e in batch], device=device)[:, None]
+    end = torch.tensor([len(e.tokens) for e in batch], device=device)[:, None]
     column = torch.arange(1, width + 1, device=device)                 # that of the next token
     return tokens, (column >= first) & (column < end)
 
@@ -252,17 +259,18 @@ def learning_rate_at(step, steps, peak, floor, warm_up):
 class Run:
     """One training from its first step, or from its last checkpoint, to its end.
 
-        run = Run(args, llama, settings, "tokens", "eval_loss", evaluate, generator)
+        run = Run(args, llama, tok, settings, "tokens", "eval_loss", evaluate, generator)
         for step in run.steps():                # evaluates, saves and logs between the steps
             ...                                 # the caller's batch, loss and gradients
             run.update(loss, tokens_seen)       # the optimiser's step
 
-    args: the flags of training_flags. settings: all that decides the result; --resume refuses
-    others. unit: what is counted as seen. metric: the name of what evaluate() returns. memory: a
-    dict, changed in place, of what the loss remembers from step to step (a running mean does).
+    args: the flags of training_flags. tok: the tokenizer, whose files --out gets, too. settings:
+    all that decides the result; --resume refuses others. unit: what is counted as seen. metric: the
+    name of what evaluate() returns. memory: a dict, changed in place, of what the loss remembers
+    from step to step (a running mean does).
     """
 
-    def __init__(self, args, llama, settings, unit, metric, evaluate, generator, memory=None):
+    def __init__(self, args, llama, tok, settings, unit, metric, evaluate, generator, memory=None):
         self.args, self.llama, self.settings, self.unit = args, llama, settings, unit
         self.metric, self.evaluate, self.value = metric, evaluate, math.nan
         self.generator, self.memory = generator, {} if memory is None else memory
@@ -278,7 +286,9 @@ class Run:
             print(f"resuming {self.out} at step {self.step}")
         elif args.resume:
             print(f"{self.out / 'training.pt'}: no such file, so training starts at step 0")
-        keep_log_until(self.out / "log.jsonl", self.step)
+        if not files.rank():
+            keep_log_until(self.out / "log.jsonl", self.step)
+            tokenizer.copy(tok.folder, self.out)
 
     def steps(self):
         """Yield the number s of each step that is to be done, 0 to args.steps - 1.
@@ -291,7 +301,7 @@ class Run:
         args, began = self.args, time.monotonic() - self.seconds
         begin, seen = self.step, self.seen
         progress = files.Progress(args.steps - begin, "steps")
-        with open(self.out / "log.jsonl", "a", encoding="utf-8") as log:
+        with contextlib.nullcontext() if files.rank() else open(self.out / "log.jsonl", "a") as log:
             while True:
                 rate = learning_rate_at(self.step, args.steps, args.learning_rate,
                                         args.min_learning_rate, args.warm_up)
@@ -303,13 +313,12 @@ class Run:
                 if save or self.step % args.eval_every == 0:
                     self.row[self.metric] = self.value = self.evaluate()
                     require_finite(self.value, self.step, self.out)
-                if save and self.step > 0:
+                if save and self.step > 0 and not files.rank():
                     self.save(time.monotonic() - began)
                 if not last:
                     yield self.step                       # here the body of the caller's loop runs
                 self.row["seconds"] = round(time.monotonic() - began, 3)
-                log.write(json.dumps(self.row) + "\n")
-                log.flush()
+                print(json.dumps(self.row), file=log, flush=True)
                 speed = (self.seen - seen) / (time.monotonic() - progress.begin)
                 shown = {**self.row, self.metric: self.value}
                 progress.update(self.step - begin, f"{speed:,.0f} {self.unit}/s  " + "  ".join(
@@ -320,14 +329,16 @@ class Run:
                 self.step += 1
 
     def update(self, loss, seen, **more):
-        """Clip, step, and log `loss` and whatever else is given; refuse what is not finite."""
-        limit = self.args.clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.llama.parameters(), limit)
+        """Clip, step, and log `loss` and whatever else is given; refuse what is not finite.
+
+        Of many processes each gives its part of these sums, and of the gradients; seen: of all."""
+        loss, *others = add_up([w.grad for w in self.llama.parameters()], loss, *more.values())
+        norm = torch.nn.utils.clip_grad_norm_(self.llama.parameters(), self.args.clip or math.inf)
         require_finite(loss + norm.item(), self.step, self.out)
         self.optimiser.step()
         self.optimiser.zero_grad()
         self.seen += seen
-        self.row |= {"loss": loss, **more}
+        self.row |= {"loss": loss, **dict(zip(more, others))}
 
     def save(self, seconds):
         """Write training.pt, then the model folder.
@@ -375,12 +386,87 @@ def require_finite(value, step, out):
                          f"checkpoint; start again with a lower --learning-rate, or --clip 1")
 
 
+# ---- Many processes ----------------------------------------------------------------------------
+
+# `torchrun --nproc-per-node 8 train.py ...` starts this script eight times, one process a GPU. Each
+# holds the whole model, and draws the same batches with the same random numbers. Of each batch it
+# takes its own rows, and gives their part of the step's sums, of gradients and losses. These parts
+# are added up in one message just before the optimiser's step. So all processes take the same step,
+# and it is the one that a single process would have taken, up to rounding. Nothing in a checkpoint
+# depends on their number. Each evaluates the whole; process 0 alone prints and writes.
+
+@contextlib.contextmanager
+def processes():
+    """The block runs together with the other processes that torchrun has started.
+
+    An error in one is the end of all, and the first that fails says why. It leaves, so the messages
+    that others wait for break off (on GPUs torchrun ends who waits). They come to the same place,
+    see that they are not the first, and leave without a word.
+    """
+    store, rank, world = next(distributed.rendezvous("env://"))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+    # A day: in generate some wait long for the others.
+    distributed.init_process_group(store=store, rank=rank, world_size=world,
+                                   timeout=48 * distributed.default_pg_timeout)
+    try:
+        with contextlib.redirect_stdout(None) if rank else contextlib.nullcontext():
+            yield
+    except Exception:
+        if store.add("failed", 1) == 1:
+            raise
+        time.sleep(1)               # torchrun ends all when one leaves: let the first one speak
+        raise SystemExit(2) from None
+    distributed.destroy_process_group()
+
+
+def own(count):
+    """Which of a batch's `count` rows are this process's: a slice, empty where there are few."""
+    rank, world = files.rank(), files.world()
+    return slice(count * rank // world, count * (rank + 1) // world)
+
+
+def add_up(tensors, *numbers):
+    """Replace each tensor by its sum over all processes, and return the numbers' sums: one message.
+
+    It is also how processes wait for each other. Without torchrun nothing changes.
+    """
+    if files.world() == 1:
+        return numbers
+    parts = [*tensors, tensors[0].new_tensor(numbers)]
+    message = torch.nn.utils.parameters_to_vector(parts)
+    distributed.all_reduce(message)
+    torch.nn.utils.vector_to_parameters(message, parts)
+    return parts[-1].tolist()
+
+
+def mean(x):
+    """The mean of the numbers x of all processes, a scalar tensor."""
+    total = x.sum()
+    return total / add_up([total], x.numel())[0]
+
+
+def shard(llama):
+    """Keep a part of the weights in each process; each layer is put together for the time of its
+    pass (FSDP, Zhao et al., 2023, arXiv 2304.11277), embedding and head for all time. From here on
+    all processes must call hidden and head_weight together. Returns the model."""
+    from torch.distributed import fsdp
+
+    for module in (*llama.layers, llama):
+        fsdp.fully_shard(module, reshard_after_forward=module is not llama)
+    for name in ("hidden", "head_weight"):
+        fsdp.register_fsdp_forward_method(llama, name)
+    return llama
+
+
+# ---- Flags and defaults ------------------------------------------------------------------------
+
 def training_flags(parser, steps, batch_size, context, eval_every, learning_rate=None):
     """Add the flags that all trainings have, with these defaults. No learning rate: the caller sets
     it, and whether to resume."""
     files.add_flags(
         parser, ("steps", steps, "[1, inf)", "optimiser steps"),
-        ("batch-size", batch_size, "[1, inf)", "rows in one pass"),
+        ("batch-size", batch_size, "[1, inf)", "rows in one pass, of all processes together"),
         ("context", context, "[2, inf)", "tokens in one row at most"),
         ("weight-decay", 0.1, "[0, inf)", "AdamW's, on matrices"),
         ("beta2", 0.95, "(0, 1)", "AdamW's"),
@@ -523,8 +609,7 @@ def train(args):
         with autocast:
             return evaluate(llama, evaluation)
 
-    run = Run(args, llama, settings, "tokens", "eval_loss", measure, generator)
-    tokenizer.copy(args.tokenizer, args.out)
+    run = Run(args, llama, tok, settings, "tokens", "eval_loss", measure, generator)
     each = args.batch_size * args.accumulate * (size / len(training) if args.chat else args.context)
     print(f"{llama.parameter_count() / 1e6:.2f} M parameters; {args.steps} steps of {each:,.0f} "
           f"tokens: {args.steps * each / size:.2f} times over all {size:,}")
@@ -560,4 +645,4 @@ def train(args):
 
 
 if __name__ == "__main__":
-    files.run(main)
+    files.run(main, processes)

@@ -16,15 +16,17 @@ import signal
 import sys
 import time
 import zlib
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 
-def run(main):
+def run(main, together=None, alone=()):
     """Call main(); bad input (ValueError, OSError) becomes one sentence on stderr and exit code 2,
     and so does a package that is not installed.
 
-    Set NANODRAFT_TRACEBACK=1 to see the traceback, too.
+    together: train.processes, for a script that divides its work among the processes of torchrun,
+    except for the subcommands `alone`. Else several are refused: each would do the whole work, and
+    write the same files. Set NANODRAFT_TRACEBACK=1 to see the traceback, too.
     """
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `python X.py | head` ends quietly
@@ -32,7 +34,10 @@ def run(main):
         if hasattr(stream, "reconfigure"):             # a terminal without é shows ? in its place
             stream.reconfigure(errors="replace")
     try:
-        main()
+        if world() > 1 and (together is None or set(alone) & set(sys.argv[1:2])):
+            raise ValueError("this command runs in one process: start it with python, not torchrun")
+        with together() if world() > 1 else nullcontext():
+            main()
     except KeyboardInterrupt:
         print("\ninterrupted: what was saved is whole; a script that has --resume goes on from "
               "there", file=sys.stderr)
@@ -44,6 +49,16 @@ def run(main):
             error = f"{error.name} is missing: pip install -r requirements-real.txt"
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def world():
+    """How many processes torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank():
+    """Which of them this one is, from 0. What they share process 0 alone prints, locks, writes."""
+    return int(os.environ.get("RANK", 0)) % world()
 
 
 @contextmanager
@@ -70,8 +85,12 @@ def locked(path, folder=False):
     """Let no other process write to `path`, a file or a folder, while the block runs.
 
     ValueError if one does already, or if `path` is of the other kind. The operating system holds
-    the lock, so a killed process leaves none; the temporary files that it left are removed.
+    the lock, so a killed process leaves none; the temporary files that it left are removed. With
+    torchrun process 0 holds it for all.
     """
+    if rank():
+        yield
+        return
     if path.exists() and path.is_dir() != folder:
         raise ValueError(f"{path} is a {'file' if folder else 'folder'}: give the name of a "
                          f"{'folder' if folder else 'file'} to write")
