@@ -392,7 +392,7 @@ def write_records(target, tok, prompts, out, seed, temperatures=(0, 0.3, 0.7, 1.
 
 def parts_of(out):
     """The files beside `out` that processes have written, and nobody has merged yet."""
-    return sorted(out.parent.glob(f"{glob.escape(out.name)}.part*"))
+    return sorted(out.parent.glob(f"{glob.escape(out.name)}.part[0-9]*"))
 
 
 def merge_parts(out):
