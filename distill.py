@@ -381,8 +381,8 @@ def write_records(target, tok, prompts, out, seed, temperatures=(0, 0.3, 0.7, 1.
                 tokens = prompt_ids + ids + [tok.eos_id] * ended
                 states.add([train.Example(tokens, len(prompt_ids))], hidden)
             record = item | {"response": tok.decode(ids), "response_ids": ids, "ended": ended}
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            file.flush()                             # a kill loses only unfinished answers
+            # Flushed: a kill loses only unfinished answers.
+            print(json.dumps(record, ensure_ascii=False), file=file, flush=True)
             count, written = count + 1, written + len(ids)
             progress.update(count, f"{written / (time.monotonic() - progress.begin):.0f} tokens/s")
     count, written = train.add_up([torch.zeros(1).double()], count, written)   # once all have ended
@@ -436,10 +436,10 @@ def self_instruct(target, tok, count, out, args):
         while len(kept) < count:
             before, chosen = len(kept), list(itertools.islice(openings, count - len(kept) + 8))
             starts = [tok.encode(opening["opening"]) for opening in chosen]
-            written = answer_prompts(target, [turn + start for start in starts],
-                                     [args.instruction_temperature] * len(chosen), args.top_p,
-                                     args.max_instruction_tokens, tok.eos_ids, generator,
-                                     args.batch_size)
+            written = answer_prompts(
+                target, [turn + start for start in starts], [args.instruction_temperature] *
+                len(chosen), args.top_p, args.max_instruction_tokens, tok.eos_ids, generator,
+                args.batch_size)
             for row, ids, ended, _ in written:
                 text = tok.decode(starts[row] + ids).strip()
                 reason = ("over-long" if not ended else "empty" if len(text.split()) < 3 else
@@ -449,8 +449,7 @@ def self_instruct(target, tok, count, out, args):
                 elif len(kept) < count:
                     seen.add(words(text))
                     kept.append({"task": chosen[row]["task"], "prompt": text})
-                    file.write(json.dumps(kept[-1], ensure_ascii=False) + "\n")
-                    file.flush()
+                    print(json.dumps(kept[-1], ensure_ascii=False), file=file, flush=True)
                     progress.update(len(kept) - begun, f"dropped {dict(dropped)}")
             fruitless = fruitless + 1 if len(kept) == before else 0
             if fruitless == 20:
