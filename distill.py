@@ -169,15 +169,15 @@ def deciding(args, training, held_out):
 
 
 def load_pair(args):
-    """(tok, target, draft) of --target and --draft, weights in fp32 whatever --dtype is."""
-    device, _ = files.set_up(args)
+    """(tok, target, draft) of --target and --draft. The target's weights are in --dtype, for it
+    only answers; those of the drafter, which is trained, are in fp32."""
+    device, dtype = files.set_up(args)
     tok = tokenizer.load_pair(args.target, args.draft)
     # What is to be divided is read into the CPU's memory: it need not fit into one GPU's.
     divided = args.shard_target and files.world() > 1
-    target, draft = (model.load(folder, where, vocab_size=tok.vocab_size) for folder, where in (
-        (args.target, "cpu" if divided else device), (args.draft, device)))
-    target = train.shard(target) if divided else target
-    return tok, target.requires_grad_(False), draft
+    target = model.load(args.target, "cpu" if divided else device, dtype, tok.vocab_size)
+    target = train.shard(target.requires_grad_(False)) if divided else target.requires_grad_(False)
+    return tok, target, model.load(args.draft, device, vocab_size=tok.vocab_size)
 
 
 def read_training(args, tok):
@@ -262,8 +262,7 @@ class TargetStates:
         # If any process misses one all call the target: a divided one works only together.
         if train.add_up([torch.zeros(1)], len(missing))[0]:
             tokens, answer = train.collate(missing, weight.device)
-            with torch.no_grad(), torch.autocast(weight.device.type, self.dtype,
-                                                 enabled=self.dtype != torch.float32):
+            with torch.no_grad():
                 self.add(missing, self.target.hidden(tokens)[answer])
         none = np.empty((0, weight.shape[1]), np.float16)             # for an empty batch
         states = np.concatenate([none, *(np.load(self.path(e)) for e in batch)])
@@ -291,7 +290,7 @@ def generate_batch(target, prompts, temperatures, top_p, max_new_tokens, stop_id
         states[:, step] = hidden
         p, ids = model.nucleus(model.tempered(target.head(hidden), temperatures), top_p)
         tokens = ids.gather(1, model.sample(p, generator)[:, None])                       # (B, 1)
-        for i, token in enumerate(tokens[:, 0].tolist()):
+        for i, token in enumerate(model.fetch(tokens[:, 0], p.sum(-1))[0]):
             if rows[i] is None:
                 continue
             ended = token in stop_ids
@@ -323,7 +322,8 @@ def read_prompts(target, prompts, room):
     width, hidden = max(map(len, prompts)), []
     cache = model.KVCache(target.config, len(prompts), width + room, device, dtype)
     cache.length = width
-    cache.start = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
+    starts = [width - len(prompt) for prompt in prompts]
+    cache.start = torch.tensor(starts, device=device) if any(starts) else None
     one = model.KVCache(target.config, 1, width, device, dtype)
     for row, (prompt, before) in enumerate(zip(prompts, [[], *prompts])):
         one.length = min(len(os.path.commonprefix([prompt, before])), len(prompt) - 1)

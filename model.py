@@ -360,19 +360,16 @@ def probabilities(logits, temperature=1.0, top_p=1.0):
 
 
 def tempered(logits, temperature):
-    """softmax(logits / temperature), (N, V); one-hot where the temperature is 0. ValueError if the
-    logits are not finite."""
+    """softmax(logits / temperature), (N, V); one-hot where the temperature is 0. NaN where the
+    logits are not finite: see fetch."""
     logits = logits.float()
     top, best = logits.max(-1, keepdim=True)
-    if not top.isfinite().all():                          # a largest number would hide none of them
-        raise ValueError("the model's logits are not finite: its weights are damaged, or too large "
-                         "for this --dtype; try --dtype float32")
-    one_hot = torch.zeros(logits.shape, device=logits.device).scatter_(-1, best, 1.0)
+    # top * 0 + 1 is 1, but NaN where the largest logit is infinite or NaN.
+    one_hot = torch.zeros(logits.shape, device=logits.device).scatter_(-1, best, top * 0 + 1)
     if isinstance(temperature, (int, float)):             # one below 1e-6 would divide by nearly 0
         return torch.softmax(logits / max(temperature, 1e-6), -1) if temperature > 0 else one_hot
-    t = torch.as_tensor(temperature, device=logits.device).view(-1, 1)                      # (N, 1)
-    soft = torch.softmax(logits / torch.where(t > 0, t.clamp(min=1e-6), 1.0), -1)
-    return torch.where(t > 0, soft, one_hot)
+    t = temperature.view(-1, 1)                                                             # (N, 1)
+    return torch.where(t > 0, torch.softmax(logits / t.clamp(min=1e-6), -1), one_hot)
 
 
 def nucleus(p, top_p):
@@ -380,14 +377,14 @@ def nucleus(p, top_p):
     their probabilities, rescaled to sum to 1. The other columns hold the value 0, and an id that
     does not count: V, which is no token, or one that was cut. K is 256, 4,096 or V.
 
-    To sort 49,152 entries in each row costs more than the model's pass, and the largest 256 nearly
-    always reach top_p. A row where they do not is tried again with 4,096, and then with all V.
+    To sort 49,152 entries in each row costs more than the model's pass on a CPU, and the largest
+    256 nearly always reach top_p. A row where they do not is tried again with 4,096, and then with
+    all V. A GPU sorts all at once, since to ask whether 256 are enough is to wait for it.
     """
     V = p.shape[-1]
-    values, ids = p.topk(min(256, V))
+    values, ids = p.topk(min(256, V) if p.device.type == "cpu" else V)
     for width in (min(4096, V), V):
-        unfinished = values.sum(-1) < top_p
-        if not unfinished.any():
+        if values.shape[-1] == V or not (unfinished := values.sum(-1) < top_p).any():
             break
         more = width - values.shape[-1]
         values, ids = F.pad(values, (0, more)), F.pad(ids, (0, more), value=V)
@@ -405,9 +402,25 @@ def sample(p, generator=None):
     probability 0 is never drawn: with p = (0.2, 0, 0.8) the sums are 0.2, 0.2, 1, and u = 0.2 gives
     token 2.
     """
-    total = p.double().cumsum(-1)
-    u = torch.rand(p.shape[0], 1, dtype=torch.float64, device=p.device, generator=generator)
-    return torch.searchsorted(total, u * total[:, -1:], right=True).squeeze(-1)
+    double = torch.float32 if p.device.type == "mps" else torch.float64   # Apple's GPU has no other
+    total = p.cumsum(-1, dtype=double)
+    u = torch.rand(p.shape[0], 1, dtype=double, device=p.device, generator=generator)
+    token = torch.searchsorted(total, u * total[:, -1:], right=True).squeeze(-1)
+    return token.clamp(max=p.shape[1] - 1)        # NaN gives V, which no embedding may be asked for
+
+
+def fetch(tokens, sums):
+    """(tokens as ints, sums as floats), two lists, in one transfer: a loop's only wait for a GPU.
+
+    tokens (n,) int64, all below 2^24, which fp32 holds exactly; sums (m,) of probabilities.
+    ValueError if one of them is NaN, which is what tempered makes of logits that are not finite: to
+    ask after each pass would be a wait each time.
+    """
+    values = torch.cat([tokens, sums]).tolist()
+    if not sum(values) >= 0:                                # asked in this way, NaN is refused
+        raise ValueError("the model's logits are not finite: its weights are damaged, or too large "
+                         "for this --dtype; try --dtype float32")
+    return [int(value) for value in values[:len(tokens)]], values[len(tokens):]
 
 
 # ---- For decoding: fp16 weights, fp32 arithmetic -----------------------------------------------

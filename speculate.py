@@ -44,40 +44,44 @@ def speculative_stream(target, draft, tokens, max_new_tokens, gamma, temperature
     of it, so what a model must read next is text[cache.length:]. This is all the index arithmetic
     there is. It also works when all guesses were kept: then the drafter has two tokens to read, its
     own last guess and the target's token.
+
+    Text, guesses and distributions stay on the models' device. To ask a GPU for a number is to wait
+    until it has done all that was given to it before: this loop asks once a block, in step 4.
     """
     check_inputs(target, draft, tokens, max_new_tokens, gamma, temperature, top_p)
-    text = tokens[0].tolist()
+    text = tokens[0]
     target_cache, draft_cache = (room_for(llama, len(text) + max_new_tokens, tokens.device)
                                  for llama in (target, draft))
 
     def read(llama, cache, text, places):
         return distributions(llama, cache, text, places, temperature, top_p)
 
-    first = model.sample(read(target, target_cache, text, 1), generator).item()
-    text.append(first)
-    made = Generation(tokens=[first], kinds=["target"])
+    p = read(target, target_cache, text, 1)
+    text = torch.cat([text, model.sample(p, generator)])
+    made = Generation(tokens=model.fetch(text[-1:], p.sum(-1))[0], kinds=["target"])
     yield made
     while not made.ended(max_new_tokens, eos_ids):
         # (1) The drafter writes its guesses, keeping q at each. They are fewer than the tokens
         #     that are still wanted, because the target adds one of its own.
-        guesses, q = [], []
+        guesses, q = text[:0], []
         length = gamma if choose is None else choose(made.blocks)
         for _ in range(min(length, max_new_tokens - len(made.tokens) - 1)):
-            q.append(read(draft, draft_cache, text + guesses, 1))
-            guesses.append(model.sample(q[-1], generator).item())
+            q.append(read(draft, draft_cache, torch.cat([text, guesses]), 1))
+            guesses = torch.cat([guesses, model.sample(q[-1], generator)])
 
         # (2) The target reads them all in one pass: p[i] is what it would draw guess i from, and
         #     the last row what it would draw after all of them.
-        p = read(target, target_cache, text + guesses, len(guesses) + 1)       # (guesses + 1, V)
+        p = read(target, target_cache, torch.cat([text, guesses]), len(q) + 1)    # (guesses + 1, V)
         q = torch.cat([*q, p[:0]])      # (guesses, V); p[:0], no rows, is for a block of no guesses
 
         # (3) Verify: how many guesses are kept, and what the token after them is drawn from.
         coins = torch.rand(len(guesses), dtype=p.dtype, device=p.device, generator=generator)
-        kept, follow = VERIFY[verify](torch.tensor(guesses, dtype=torch.int64), q, p, coins)
+        kept, follow = VERIFY[verify](guesses, q, p, coins)
 
-        # (4) The text grows by both. After an end token nothing counts.
-        following = model.sample(follow[None], generator).item()
-        text += made.add(guesses, int(kept), following, q, p, eos_ids)
+        # (4) The text grows by both. After an end token nothing counts. `add` fetches the numbers.
+        following = model.sample(follow[None], generator)
+        kept = made.add(guesses, kept, following, q, p, eos_ids)
+        text = torch.cat([text, guesses[:kept], following])
 
         # (5) Each cache forgets what was not kept. The newest token is still to be read by both.
         #     The drafter may have read less: it never reads its own last guess, and nothing in a
@@ -100,11 +104,13 @@ def verify_token(guesses, q, p, coins):
     same sum. Together: min(p(x), q(x)) + max(0, p(x) - q(x)) = p(x). Greedy decoding is no special
     case: its p and q are one-hot.
     """
-    places = torch.arange(len(guesses))
+    places = torch.arange(len(guesses), device=p.device)
     ratios = p[places, guesses] / q[places, guesses]        # q > 0: the drafter drew the guess
     # Strictly less: a coin may be 0, and a guess with p = 0 must not be kept.
-    kept = int((coins < ratios).long().cumprod(0).sum())
-    return kept, p[kept] if kept == len(guesses) else leftover(p[kept], q[kept])
+    kept = (coins < ratios).long().cumprod(0).sum()
+    # After the last guess nothing is guessed: with q = 0 there, what is left of p is all of it.
+    q = torch.cat([q, torch.zeros_like(p[:1])])                                 # (gamma + 1, V)
+    return kept, leftover(row(p, kept), row(q, kept))
 
 
 def verify_block(guesses, q, p, coins):
@@ -112,24 +118,23 @@ def verify_block(guesses, q, p, coins):
     in verify_token; the same rule where gamma is 1, or p and q are one-hot. (Sun et al., 2024,
     arXiv 2403.10444.)
 
-    w is the chance that at least i guesses are kept: a guess that p likes better than q makes up
-    for an earlier one that p likes less. h is the chance to keep i guesses if no more are kept,
+    w[i] is the chance that at least i guesses are kept: a guess that p likes better than q makes up
+    for an earlier one that p likes less. h[i] is the chance to keep i guesses if no more are kept,
     chosen so that the token drawn next, from max(0, w p - q), adds exactly what is missing of p.
-    After the last guess there is no more, so h = w there. Each i has its own coin, and the last i
-    whose coin is below h wins: a refusal in the middle need not end the block. The proof is in the
-    paper; tests/test_speculate.py enumerates it.
+    After the last guess q is 0, so h = w there. Each i has its own coin, and the last i whose coin
+    is below h wins: a refusal in the middle need not end the block. The proof is in the paper;
+    tests/test_speculate.py enumerates it.
     """
-    gamma, kept, w, w_kept = len(guesses), 0, 1.0, 1.0
-    for i, x in enumerate(guesses.tolist(), 1):
-        w = min(1.0, w * (p[i - 1, x] / q[i - 1, x]).item())
-        h = w
-        if i < gamma:
-            left = (w * p[i] - q[i]).clamp(min=0).sum().item()
-            # 0 / 0: then w is 1 and p = q, and the next guess is sure to be kept, too.
-            h = left / (left + (1 - w)) if left + (1 - w) > 0 else 1.0
-        if coins[i - 1].item() < h:
-            kept, w_kept = i, w
-    return kept, p[kept] if kept == gamma else leftover(w_kept * p[kept], q[kept])
+    places = torch.arange(len(guesses) + 1, device=p.device)
+    w = [p.new_ones(())]
+    for ratio in p[places[:-1], guesses] / q[places[:-1], guesses]:
+        w.append((w[-1] * ratio).clamp(max=1))
+    w, q = torch.stack(w), torch.cat([q, torch.zeros_like(p[:1])])      # (gamma + 1,), with a V
+    left = (w[:, None] * p - q).clamp(min=0).sum(-1)
+    # 0 / 0: then w is 1 and p = q, and the next guess is sure to be kept, too.
+    h = torch.where(left + (1 - w) > 0, left / (left + (1 - w)), 1)
+    kept = torch.cat([places[:1], places[1:] * (coins < h[1:])]).amax()       # 0 where none is
+    return kept, leftover(row(w, kept) * row(p, kept), row(q, kept))
 
 
 VERIFY = {"token": verify_token, "block": verify_block}
@@ -138,8 +143,13 @@ VERIFY = {"token": verify_token, "block": verify_block}
 def leftover(p, q):
     """max(0, p - q) over its sum; p where nothing is left, since then p = q up to rounding."""
     rest = (p - q).clamp(min=0)
-    total = rest.sum()
-    return rest / total if total > 0 else p / p.sum()
+    rest = torch.where(rest.sum() > 0, rest, p)
+    return rest / rest.sum()
+
+
+def row(table, i):
+    """table[i], where i is a number on the device: table[i] itself would wait for it."""
+    return table.index_select(0, i)[0]
 
 
 def distributions(llama, cache, text, places, temperature, top_p):
@@ -147,8 +157,7 @@ def distributions(llama, cache, text, places, temperature, top_p):
 
     Temperature and top-p shape p and q in the same way, before they are compared.
     """
-    unread = torch.tensor([text[cache.length:]], device=llama.norm.weight.device)
-    hidden = llama.hidden(unread, cache)[0, -places:]
+    hidden = llama.hidden(text[None, cache.length:], cache)[0, -places:]
     return model.probabilities(llama.head(hidden), temperature, top_p)
 
 
@@ -170,9 +179,12 @@ class Generation:
     def ended(self, max_new_tokens, eos_ids):
         return len(self.tokens) >= max_new_tokens or self.tokens[-1] in eos_ids
 
-    def add(self, guesses, kept, follow, q, p, eos_ids):
-        """Append a verified block, up to its first end token, and count; returns its tokens."""
-        block = guesses[:kept] + [follow]
+    def add(self, guesses, kept, following, q, p, eos_ids):
+        """Append a verified block, up to its first end token, and count; returns kept, an int."""
+        (*guesses, following, kept), overlaps = model.fetch(
+            torch.cat([guesses, following, torch.as_tensor(kept, device=p.device).view(1)]),
+            torch.cat([torch.minimum(p[:-1], q).sum(-1), p.sum(-1)]))
+        block = guesses[:kept] + [following]
         kinds = ["accepted"] * kept + ["bonus" if kept == len(guesses) else "corrected"]
         # How many tokens of the block count: all, or those up to the first end token.
         end = next((i for i, token in enumerate(block, 1) if token in eos_ids), len(block))
@@ -184,8 +196,8 @@ class Generation:
         self.target_calls += 1
         self.accepted += min(kept, end)
         self.drafted += examined
-        self.overlap += torch.minimum(p[:examined], q[:examined]).sum().item()
-        return block[:end]
+        self.overlap += sum(overlaps[:examined])
+        return kept
 
     @property
     def tau(self):
@@ -199,13 +211,13 @@ def autoregressive_stream(target, tokens, max_new_tokens, temperature, top_p, eo
     """Plain decoding, one token per pass: what speculation is compared with. Yields the growing
     Generation."""
     check_inputs(target, None, tokens, max_new_tokens, 0, temperature, top_p)
-    text = tokens[0].tolist()
+    text = tokens[0]
     cache = room_for(target, len(text) + max_new_tokens, tokens.device)
     made = Generation(target_calls=-1)            # the prompt's own pass is not counted
     while not (made.tokens and made.ended(max_new_tokens, eos_ids)):
         p = distributions(target, cache, text, 1, temperature, top_p)
-        text.append(model.sample(p, generator).item())
-        made.tokens.append(text[-1])
+        text = torch.cat([text, model.sample(p, generator)])
+        made.tokens += model.fetch(text[-1:], p.sum(-1))[0]
         made.kinds.append("target")
         made.target_calls += 1
         yield made
@@ -453,8 +465,7 @@ def timed(pair, args, ids, gamma, number):
     begin = time.perf_counter()
     made = next(stream)                           # the first token: the prompt has been read
     prompt_seconds = time.perf_counter() - begin
-    for made in stream:
-        pass
+    list(stream)                                  # made grows to its end
     return made, time.perf_counter() - begin, prompt_seconds
 
 

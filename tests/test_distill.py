@@ -112,6 +112,26 @@ def test_prompts_are_read_without_padding_and_without_what_each_shares_with_the_
         torch.testing.assert_close(following[row], hidden(torch.tensor([prompt + [3]]))[0, -1])
 
 
+def test_a_batch_without_padding_says_so_and_a_damaged_target_is_called_that(folders, monkeypatch):
+    target, starts, real = frozen_target(folders), [], model.Llama.hidden
+
+    def watched(llama, tokens, cache=None):
+        starts.append(cache.start)
+        return real(llama, tokens, cache)
+
+    def answers(prompts):
+        return [ids for _, ids, *_ in distill.generate_batch(
+            target, prompts, [0.0] * len(prompts), 1.0, 5, set(), torch.Generator())]
+
+    monkeypatch.setattr(model.Llama, "hidden", watched)
+    alone = answers([[5, 9, 30]])
+    assert answers([[5, 9, 30]] * 2) == alone * 2 and starts == [None] * 11
+    assert alone[0] in answers([[5, 9, 30], [7]]) and starts[-1].tolist() == [0, 2]
+    target.norm.weight[0] = float("inf")
+    with pytest.raises(ValueError, match="not finite"):
+        answers([[5, 9, 30]])
+
+
 def test_sampled_waves_follow_the_nucleus_distribution_of_their_own_temperature(folders):
     target = frozen_target(folders)
     prompt = [5, 9, 30]
@@ -533,6 +553,31 @@ def test_finetuning_raises_the_acceptance_rate_on_held_out_answers(
     assert tokenizer.load(out).fingerprint == tokenizer.load(folders / "target").fingerprint
 
 
+def test_finetune_keeps_the_target_in_its_dtype_and_trains_the_drafter_in_fp32(
+        folders, records, tmp_path, monkeypatch):
+    align, seen, rates = distill.align, [], []
+
+    def watched(draft, target, *more):
+        seen.append([{weight.dtype for weight in llama.parameters()} for llama in (target, draft)])
+        return align(draft, target, *more)
+
+    monkeypatch.setattr(distill, "align", watched)
+    for dtype in ("float32", "bfloat16"):
+        finetune(monkeypatch, folders, records, tmp_path / dtype, "--steps", 20, "--dtype", dtype,
+                 "--learning-rate", 0.02, "--eval-every", 20)
+        rates.append([row["held_out_alpha"] for row in log_of(tmp_path / dtype)
+                      if "held_out_alpha" in row])
+    single, half = {torch.float32}, {torch.bfloat16}
+    assert seen == [[single, single], [half, single]]
+    assert model.load(tmp_path / "bfloat16").norm.weight.dtype == torch.float32
+    assert json.loads((tmp_path / "bfloat16" / "config.json").read_text())["dtype"] == "float32"
+    # The same start up to bfloat16's rounding, and the same gain.
+    assert rates[0] == pytest.approx(rates[1], abs=0.01) and rates[1][-1] > rates[1][0] + 0.02
+    states = distill.TargetStates(frozen_target(folders), folders / "target", torch.bfloat16)
+    kept = np.load(next(states.folder.glob("*.npy")))
+    assert kept.dtype == np.float16
+
+
 @pytest.mark.parametrize("loss", [("--loss", "tvd++"),
                                   ("--loss", "tvd-sampled", "--baseline", "running")])
 def test_resume_goes_on_exactly(loss, folders, records, tmp_path, monkeypatch):
@@ -697,18 +742,19 @@ def test_the_script_exits_with_2_and_no_traceback(folders, tmp_path):
 
 @pytest.mark.real
 def test_cached_states_give_the_targets_distributions_back():
-    """Products in bfloat16 and states in half precision on disk, as for the released drafter: KL
-    and alpha change by less than 1e-3."""
+    """A target in bfloat16 and its states in half precision on disk, its head's logits in bfloat16:
+    the KL is about 1e-3, and alpha changes by less than that."""
     data = TARGET.parent.parent / "data"
     tok, target = tokenizer.load(TARGET), model.load(TARGET).requires_grad_(False)
     draft = model.load(data / "smollm2-drafter")
     examples = train.read_examples(data / "smollm2-records.jsonl.gz", tok, 512)[::900]
     kl, exact, cached, count = 0.0, 0.0, 0.0, 0
-    states = distill.TargetStates(target, TARGET, torch.bfloat16)
+    half = model.load(TARGET, dtype=torch.bfloat16).requires_grad_(False)
+    states = distill.TargetStates(half, TARGET, torch.bfloat16)
     for e in examples:
         tokens, answer = train.collate([e], "cpu")
         with torch.no_grad():
-            p_logits = target.head(states.read([e]))
+            p_logits = half.head(states.read([e])).float()
             truth = target.head(target.hidden(tokens)[answer])
             q_logits = draft.head(draft.hidden(tokens)[answer])
             kl += losses.kld(p_logits, truth).sum().item()
@@ -717,7 +763,7 @@ def test_cached_states_give_the_targets_distributions_back():
             count += e.count
     kl, exact, cached = kl / count, exact / count, cached / count
     print(f"{count} positions: KL {kl:.1e}, alpha {exact:.4f} against {cached:.4f}", end=" ")
-    assert count > 500 and kl < 1e-3 and abs(exact - cached) < 1e-3
+    assert count > 500 and kl < 2e-3 and abs(exact - cached) < 1e-3
 
 
 # ---- Report and compare, in the tiny world -----------------------------------------------------

@@ -218,8 +218,13 @@ def test_any_flag_of_speculate_is_within_bounds_or_refused(monkeypatch):
 def test_logits_that_are_not_finite_are_called_that(value, temperature):
     logits = torch.randn(2, 9, generator=torch.Generator().manual_seed(0))
     logits[1] = value
-    with pytest.raises(ValueError, match="not finite"):
-        model.probabilities(logits, temperature)
+    for top_p in (1.0, 0.9):
+        p = model.probabilities(logits, temperature, top_p)
+        tokens = model.sample(p)
+        assert p[0].isfinite().all() and 0 <= tokens.min() <= tokens.max() < 9
+        assert model.fetch(tokens[:1], p[:1].sum(-1))[0] == tokens[:1].tolist()
+        with pytest.raises(ValueError, match="not finite"):
+            model.fetch(tokens, p.sum(-1))
 
 
 def test_the_smallest_temperatures_are_greedy_decoding():

@@ -16,6 +16,8 @@ from collections import Counter
 import pytest
 import torch
 from conftest import assert_refused, run_process, run_script, tiny_llama
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
 import speculate
@@ -688,6 +690,114 @@ def test_a_greedy_mismatch_is_reported_with_both_logits(capsys):
     assert mismatch["plain"] == [plain[5], pytest.approx(logits.max().item(), rel=1e-5)]
     assert mismatch["speculative"][1] == pytest.approx(logits[other[5]].item(), rel=1e-4)
     assert "new token 5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_damaged_target_or_drafter_is_called_that_and_writes_no_token(temperature):
+    damaged = model.Llama(BIG[0].config).requires_grad_(False)
+    damaged.load_state_dict(BIG[0].state_dict())
+    damaged.lm_head.weight[7] = math.nan
+    with pytest.raises(ValueError, match="not finite"):
+        speculate.autoregressive_generate(damaged, PROMPTS[1], 5, temperature, 1.0)
+    for target, draft in ((damaged, BIG[0]), (BIG[0], damaged)):
+        for rule in speculate.VERIFY:
+            with pytest.raises(ValueError, match="not finite"):
+                speculate.speculative_generate(target, draft, PROMPTS[1], 9, 3, temperature, 0.9,
+                                               verify=rule)
+
+
+# ---- Waits for a GPU ---------------------------------------------------------------------------
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that would wait for a GPU: a number read by Python, a result whose size
+    depends on the data, and what Python's numbers are made a tensor of (it is copied to the GPU).
+    """
+
+    waiting = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select",
+               "unique2", "lift_fresh")
+
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name, options = function.overloadpacket.__name__, options or {}
+        mask = name.startswith("index") and len(arguments) > 1 and any(
+            getattr(i, "dtype", None) in (torch.bool, torch.uint8)
+            for i in (arguments[1] if isinstance(arguments[1], (list, tuple)) else ()))
+        moved = name == "_to_copy" and options.get("device") is not None
+        self.count[name] += name in self.waiting or mask or moved
+        return function(*arguments, **options)
+
+
+class Calls(TorchFunctionMode):
+    """Counts what never becomes an operator on a CPU: whole tensors read by Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        name = getattr(function, "__name__", "")
+        self.count[name] += name in ("tolist", "numpy", "cpu", "__array__")
+        return function(*arguments, **options or {})
+
+
+def waits(work):
+    """How often work() would wait for a GPU."""
+    with Calls() as calls, Operators() as operators:
+        work()
+    return sum((calls.count + operators.count).values())
+
+
+def test_waits_are_counted():
+    x = torch.arange(3.0)
+    for work in (lambda: x.sum().item(), lambda: x.tolist(), lambda: bool(x[0] > 1),
+                 lambda: x[x > 1], lambda: x[x.long()[1]], lambda: x.nonzero(), lambda: x.numpy(),
+                 lambda: torch.tensor([1]), lambda: torch.equal(x, x), lambda: int(x[1])):
+        assert waits(work) == 1
+    assert waits(lambda: x[1:] + x[x.long()][:2].clamp(max=1).cumsum(0)) == 0
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+@pytest.mark.parametrize("temperature, top_p", [(0.0, 1.0), (1.0, 1.0), (0.7, 0.9)])
+def test_a_block_waits_once_for_a_gpu(rule, temperature, top_p):
+    """Counted on the CPU. With 50 tokens top-p takes the way of a GPU, one sort of all."""
+    generator = torch.Generator().manual_seed(0)
+    stream = speculate.speculative_stream(BIG[0], NEAR, PROMPTS[1], 40, 3, temperature, top_p, (),
+                                          generator, rule)
+    next(stream)
+    with torch.inference_mode():
+        counts = [waits(lambda: next(stream)) for _ in range(8)]
+    assert counts == [1] * 8
+    stream = speculate.autoregressive_stream(BIG[0], PROMPTS[1], 40, temperature, top_p)
+    next(stream)
+    with torch.inference_mode():
+        assert [waits(lambda: next(stream)) for _ in range(8)] == [1] * 8
+
+
+def test_a_rule_of_ones_own_may_answer_with_an_int_or_with_a_tensor(monkeypatch):
+    """verify_token as a student writes it: the same texts."""
+    def answers_with(kind):
+        def verify(guesses, q, p, coins):
+            kept = 0
+            while kept < len(guesses):
+                x = guesses[kept]
+                if coins[kept] >= p[kept, x] / q[kept, x]:
+                    return kind(kept), speculate.leftover(p[kept], q[kept])
+                kept += 1
+            return kind(kept), p[kept]
+        return verify
+
+    def texts():
+        generator = torch.Generator().manual_seed(2)
+        return [speculate.speculative_generate(BIG[0], NEAR, PROMPTS[1], 30, gamma, 1.0, 1.0, (),
+                                               generator).tokens for gamma in (0, 1, 4)]
+
+    expected = texts()
+    for kind in (int, torch.tensor):
+        monkeypatch.setitem(speculate.VERIFY, "token", answers_with(kind))
+        assert texts() == expected
 
 
 # ---- The script --------------------------------------------------------------------------------
