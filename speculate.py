@@ -104,13 +104,15 @@ def verify_token(guesses, q, p, coins):
     same sum. Together: min(p(x), q(x)) + max(0, p(x) - q(x)) = p(x). Greedy decoding is no special
     case: its p and q are one-hot.
     """
-    places = torch.arange(len(guesses), device=p.device)
-    ratios = p[places, guesses] / q[places, guesses]        # q > 0: the drafter drew the guess
+    places = torch.arange(len(guesses) + 1, device=p.device)
+    # q > 0: the drafter drew the guess.
+    ratios = p[places[:-1], guesses] / q[places[:-1], guesses]                      # (gamma,)
     # Strictly less: a coin may be 0, and a guess with p = 0 must not be kept.
     kept = (coins < ratios).long().cumprod(0).sum()
-    # After the last guess nothing is guessed: with q = 0 there, what is left of p is all of it.
-    q = torch.cat([q, torch.zeros_like(p[:1])])                                 # (gamma + 1, V)
-    return kept, leftover(row(p, kept), row(q, kept))
+    # 1 behind the kept guesses, else 0: here @ p is p[kept], without asking a GPU what kept is.
+    # Behind the last guess there is no q: that sum is 0, and all of p is left.
+    here = (places == kept).to(p.dtype)                                             # (gamma + 1,)
+    return kept, leftover(here @ p, here[:-1] @ q)
 
 
 def verify_block(guesses, q, p, coins):
@@ -121,20 +123,22 @@ def verify_block(guesses, q, p, coins):
     w[i] is the chance that at least i guesses are kept: a guess that p likes better than q makes up
     for an earlier one that p likes less. h[i] is the chance to keep i guesses if no more are kept,
     chosen so that the token drawn next, from max(0, w p - q), adds exactly what is missing of p.
-    After the last guess q is 0, so h = w there. Each i has its own coin, and the last i whose coin
-    is below h wins: a refusal in the middle need not end the block. The proof is in the paper;
-    tests/test_speculate.py enumerates it.
+    After the last guess there is no more, so h = w there. Each i has its own coin, and the last i
+    whose coin is below h wins: a refusal in the middle need not end the block. The proof is in the
+    paper; tests/test_speculate.py enumerates it.
     """
     places = torch.arange(len(guesses) + 1, device=p.device)
     w = [p.new_ones(())]
     for ratio in p[places[:-1], guesses] / q[places[:-1], guesses]:
         w.append((w[-1] * ratio).clamp(max=1))
-    w, q = torch.stack(w), torch.cat([q, torch.zeros_like(p[:1])])      # (gamma + 1,), with a V
-    left = (w[:, None] * p - q).clamp(min=0).sum(-1)
+    w = torch.stack(w)                                                              # (gamma + 1,)
+    left = (w[1:-1, None] * p[1:-1] - q[1:]).clamp_(min=0).sum(-1)                  # (gamma - 1,)
+    total = left + (1 - w[1:-1])
     # 0 / 0: then w is 1 and p = q, and the next guess is sure to be kept, too.
-    h = torch.where(left + (1 - w) > 0, left / (left + (1 - w)), 1)
-    kept = torch.cat([places[:1], places[1:] * (coins < h[1:])]).amax()       # 0 where none is
-    return kept, leftover(row(w, kept) * row(p, kept), row(q, kept))
+    h = torch.cat([torch.where(total > 0, left / total, 1), w[-1:]])                # (gamma,)
+    kept = torch.cat([places[:1], places[1:] * (coins < h)]).amax()            # 0: none is below
+    here = (places == kept).to(p.dtype)
+    return kept, leftover((here * w) @ p, here[:-1] @ q)
 
 
 VERIFY = {"token": verify_token, "block": verify_block}
@@ -145,11 +149,6 @@ def leftover(p, q):
     rest = (p - q).clamp(min=0)
     rest = torch.where(rest.sum() > 0, rest, p)
     return rest / rest.sum()
-
-
-def row(table, i):
-    """table[i], where i is a number on the device: table[i] itself would wait for it."""
-    return table.index_select(0, i)[0]
 
 
 def distributions(llama, cache, text, places, temperature, top_p):

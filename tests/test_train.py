@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import train
 from data import files, pretrain_text
 from data import tokenizer as tokenizers
-from model import Config, Llama, load, save
+from model import Config, KVCache, Llama, load, read_config, save
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--threads", "1", "--steps", "12", "--batch-size", "4", "--context", "16",
@@ -135,6 +135,49 @@ def test_gradients_of_several_passes_add_up():
     for half in tokens.split(2):
         train.next_token_loss_backward(model, half, scale=0.5)
     torch.testing.assert_close(model.embed_tokens.weight.grad, expected, rtol=1e-4, atol=1e-7)
+
+
+LLAMA_2_7B = {  # config.json of Llama 2 Chat 7B as its makers publish it, as far as it is read
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
+    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000,
+    "max_position_embeddings": 4096, "rms_norm_eps": 1e-05, "rope_scaling": None,
+    "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "pretraining_tp": 1}
+
+
+def test_the_papers_pair_has_its_sizes_and_one_pass_of_the_target_its_shapes(tmp_path):
+    """Without memory: meta tensors have a shape and no numbers.
+
+    The paper calls its drafter 115M and 1.64 %, which is 115 over 7,000. The shape that it lists
+    has 116.9 M, which is 1.74 % of what the target has.
+    """
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_2_7B))
+    with torch.device("meta"):
+        target = Llama(read_config(tmp_path)).to(torch.bfloat16)
+        draft = Llama(Config(vocab_size=32000, **train.PRESETS["paper-drafter"]))
+        tokens = torch.zeros(2, 16, dtype=torch.int64)
+    count, layer = draft.parameter_count(), 4 * 1024 ** 2 + 3 * 1024 * 2816 + 2 * 1024
+    assert target.parameter_count() == 6_738_415_616
+    assert count == 2 * 32000 * 1024 + 4 * layer + 1024 == 116_925_440
+    assert round(100 * count / target.parameter_count(), 2) == 1.74 and 115 / 7000 < 0.01645
+    assert target(tokens).shape == draft(tokens).shape == (2, 16, 32000)
+    caches = [KVCache(llama.config, 2, 20, "meta", llama.norm.weight.dtype)
+              for llama in (target, draft)]
+    for llama, cache in zip((target, draft), caches):
+        assert llama(tokens, cache).is_meta and cache.length == 16
+    size = sum(k.numel() + v.numel() for k, v in zip(caches[0].k, caches[0].v))
+    assert size == 2 * 20 * 2 * 32 * 4096               # half a MB a token in 2 bytes each
+
+
+def test_the_papers_drafter_takes_a_training_step():
+    torch.manual_seed(0)
+    draft = Llama(Config(vocab_size=32000, **train.PRESETS["paper-drafter"]))
+    tokens, optimiser = torch.randint(32000, (1, 32)), train.make_optimiser(draft, 1e-3)
+    before = train.next_token_loss_backward(draft, tokens)
+    optimiser.step()
+    assert before.item() == pytest.approx(math.log(32000), abs=0.5)
+    with torch.no_grad():
+        assert train.next_token_loss(draft, tokens) < before - 0.5
 
 
 def test_an_untrained_model_scores_the_logarithm_of_its_vocabulary(run, tokenizer_folder):
