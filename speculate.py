@@ -310,9 +310,8 @@ def measured_gamma(target, draft, largest=8):
 @torch.inference_mode()
 def pass_seconds(llama, width, context=128, repeats=5):
     """Median seconds of one pass over `width` tokens after `context` others, head included."""
-    device = llama.norm.weight.device
-    cache = room_for(llama, context + width, device)
-    tokens, seconds = torch.zeros(1, width, dtype=torch.int64, device=device), []
+    tokens = torch.zeros(1, width, dtype=torch.int64, device=llama.norm.weight.device)
+    cache, seconds = room_for(llama, context + width, tokens.device), []
     for _ in range(repeats + 1):                  # the first one warms up
         cache.length = context                    # as if so many had been read: it holds zeros
         begin = time.perf_counter()
@@ -554,8 +553,7 @@ def decode(args):
     tok, style = tokenizer.load_pair(args.target, args.draft), trace_style(args.trace)
     if args.beside:
         tokenizer.load_pair(args.target, args.beside)
-    if args.first and style == "plain":
-        style = "brackets"
+    style = "brackets" if args.first and style == "plain" else style
     # In a pipe stdout carries what was asked for alone.
     with contextlib.redirect_stdout(sys.stderr if style == "plain" else sys.stdout):
         device, dtype = files.set_up(args)

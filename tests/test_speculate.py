@@ -256,14 +256,15 @@ def keep_probabilities(rule, guesses, q, p):
     def threshold(before, after):
         """Where the number of kept guesses changes with the coin between these; None: nowhere."""
         def kept(coin):
-            return answer([*before, coin, *after])[0]
+            return int(answer([*before, coin, *after])[0])
 
         low, high = smallest, largest
-        if kept(low) == kept(high):
+        below = kept(low)
+        if below == kept(high):
             return None
         for _ in range(60):
             middle = (low + high) / 2
-            low, high = (middle, high) if kept(middle) == kept(low) else (low, middle)
+            low, high = (middle, high) if kept(middle) == below else (low, middle)
         return high
 
     intervals = []                                  # of each coin: [(low, high)]
