@@ -225,10 +225,8 @@ def draft_vocabulary(examples, size, tok):
 
 def never_proposed(draft):
     """The ids of the tokens that the drafter's draft vocabulary leaves out."""
-    outside = torch.full((draft.config.vocab_size,), draft.draft_vocabulary is not None)
-    if draft.draft_vocabulary is not None:
-        outside[draft.draft_vocabulary.cpu()] = False
-    return outside.nonzero().flatten()
+    ids, chosen = torch.arange(draft.config.vocab_size), draft.draft_vocabulary
+    return ids[:0] if chosen is None else ids[~torch.isin(ids, chosen.cpu())]
 
 
 class TargetStates:
@@ -320,10 +318,9 @@ def read_prompts(target, prompts, room):
     """
     device, dtype = target.norm.weight.device, target.norm.weight.dtype
     width, hidden = max(map(len, prompts)), []
-    cache = model.KVCache(target.config, len(prompts), width + room, device, dtype)
-    cache.length = width
     starts = [width - len(prompt) for prompt in prompts]
-    cache.start = torch.tensor(starts, device=device) if any(starts) else None
+    cache = model.KVCache(target.config, len(prompts), width + room, device, dtype)
+    cache.length, cache.start = width, torch.tensor(starts, device=device) if any(starts) else None
     one = model.KVCache(target.config, 1, width, device, dtype)
     for row, (prompt, before) in enumerate(zip(prompts, [[], *prompts])):
         one.length = min(len(os.path.commonprefix([prompt, before])), len(prompt) - 1)
@@ -424,8 +421,8 @@ def self_instruct(target, tok, count, out, args):
     # token, since a system's turn before it ends with one, too.
     turn = turn[:len(turn) - 1 - turn[::-1].index(tok.eos_id)]
     # Left alone it writes mostly "I'm planning..." and "Can you...". First words make it vary.
-    openings = [{"task": "open", "opening": ""}]
-    openings = itertools.cycle(files.read_openings(args.openings) if args.openings else openings)
+    openings = itertools.cycle(files.read_openings(args.openings) if args.openings else
+                               [{"task": "open", "opening": ""}])
     files.trim_partial_line(out)
     kept = files.read_jsonl(out) if out.is_file() else []
     seen, begun, fruitless = {words(row["prompt"]) for row in kept}, len(kept), 0

@@ -254,11 +254,9 @@ class Llama(nn.Module):
         if start is not None:
             positions = (columns - start[:, None]).clamp(min=0)        # padding's does not matter
             # A padding column may see itself, only so that its softmax is not 0 / 0.
-            itself = keys == columns[:, None]
-            visible = visible & ((keys >= start[:, None, None]) | itself)         # (B, T, past + T)
+            visible = visible & ((keys >= start[:, None, None]) | (keys == columns[:, None]))
             visible = visible.repeat_interleave(config.num_key_value_heads, 0)    # for all kv heads
-        mask = torch.zeros(visible.shape, device=device, dtype=dtype)
-        mask = mask.masked_fill(~visible, float("-inf"))
+        mask = torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, float("-inf"))
         group = config.num_attention_heads // config.num_key_value_heads
         return positions, mask.repeat_interleave(group, 1)        # each token is `group` rows of q
 
@@ -481,8 +479,7 @@ def decoding_copy(llama):
             copy.set_submodule(name, PackedLinear(module.weight, name, module.bias))
     copy.draft_vocabulary, copy.lm_head = llama.draft_vocabulary, None
     copy.decoding_head = PackedLinear(llama.head_weight(llama.draft_vocabulary), "the head")
-    packed = [module for module in copy.modules() if isinstance(module, PackedLinear)]
-    change = max(module.change for module in packed)
+    change = max(part.change for part in copy.modules() if isinstance(part, PackedLinear))
     if change:
         print(f"fp16 holds these weights with a change of at most {change:.1e} of the largest "
               f"weight of the same matrix")

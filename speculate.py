@@ -104,15 +104,11 @@ def verify_token(guesses, q, p, coins):
     same sum. Together: min(p(x), q(x)) + max(0, p(x) - q(x)) = p(x). Greedy decoding is no special
     case: its p and q are one-hot.
     """
-    places = torch.arange(len(guesses) + 1, device=p.device)
-    # q > 0: the drafter drew the guess.
-    ratios = p[places[:-1], guesses] / q[places[:-1], guesses]                      # (gamma,)
+    places = torch.arange(len(guesses), device=p.device)
+    ratios = p[places, guesses] / q[places, guesses]        # q > 0: the drafter drew the guess
     # Strictly less: a coin may be 0, and a guess with p = 0 must not be kept.
     kept = (coins < ratios).long().cumprod(0).sum()
-    # 1 behind the kept guesses, else 0: here @ p is p[kept], without asking a GPU what kept is.
-    # Behind the last guess there is no q: that sum is 0, and all of p is left.
-    here = (places == kept).to(p.dtype)                                             # (gamma + 1,)
-    return kept, leftover(here @ p, here[:-1] @ q)
+    return kept, leftover(row(p, kept), row(q, kept))
 
 
 def verify_block(guesses, q, p, coins):
@@ -127,21 +123,25 @@ def verify_block(guesses, q, p, coins):
     whose coin is below h wins: a refusal in the middle need not end the block. The proof is in the
     paper; tests/test_speculate.py enumerates it.
     """
-    places = torch.arange(len(guesses) + 1, device=p.device)
-    w = [p.new_ones(())]
-    for ratio in p[places[:-1], guesses] / q[places[:-1], guesses]:
+    places, w = torch.arange(len(guesses), device=p.device), [p.new_ones(())]
+    for ratio in p[places, guesses] / q[places, guesses]:
         w.append((w[-1] * ratio).clamp(max=1))
     w = torch.stack(w)                                                              # (gamma + 1,)
     left = (w[1:-1, None] * p[1:-1] - q[1:]).clamp_(min=0).sum(-1)                  # (gamma - 1,)
     total = left + (1 - w[1:-1])
     # 0 / 0: then w is 1 and p = q, and the next guess is sure to be kept, too.
     h = torch.cat([torch.where(total > 0, left / total, 1), w[-1:]])                # (gamma,)
-    kept = torch.cat([places[:1], places[1:] * (coins < h)]).amax()            # 0: none is below
-    here = (places == kept).to(p.dtype)
-    return kept, leftover((here * w) @ p, here[:-1] @ q)
+    kept = torch.cat([guesses.new_zeros(1), (places + 1) * (coins < h)]).amax()
+    return kept, leftover(row(w[:, None] * p, kept), row(q, kept))
 
 
 VERIFY = {"token": verify_token, "block": verify_block}
+
+
+def row(x, i):
+    """x[i] for an i on the device: nobody waits to learn it. Zeros behind the last row: after the
+    last guess there is no q, and all of p is left."""
+    return torch.cat([x, x.new_zeros(1, x.shape[1])])[i[None]][0]
 
 
 def leftover(p, q):
@@ -363,10 +363,9 @@ def answer(pair, messages, args, style):
 
 def first_minute(pair, args, style):
     """One question to the pair, traced; the same text by plain decoding; what to try next."""
-    tok, question = pair[2], "What does a rabbit look like?"
-    messages = [{"role": "user", "content": question}]
+    tok, messages = pair[2], [{"role": "user", "content": "What does a rabbit look like?"}]
     timed(pair, args, tok.chat_prompt(messages), args.gamma[0], 0)                   # warms up
-    print(f"\n{question}")
+    print(f"\n{messages[0]['content']}")
     text = answer(pair, messages, args, style)
     made, seconds, _ = timed(pair, args, tok.chat_prompt(messages), None, 0)
     same = tok.decode([token for token in made.tokens if token not in tok.eos_ids]) == text
@@ -471,8 +470,7 @@ def report_mismatch(target, prompt, plain, spec, number, gamma):
     """Greedy texts differ: say where, and the target's logits of both choices there. The only good
     reason is a tie, up to the rounding of passes of different width."""
     same = len(os.path.commonprefix([plain, spec]))
-    if same == min(len(plain), len(spec)):
-        raise RuntimeError(f"prompt {number}, gamma {gamma}: one text is the other's beginning")
+    assert same < min(len(plain), len(spec)), "one text is the other's beginning"
     with torch.inference_mode():
         tokens = torch.tensor([prompt + plain[:same]], device=target.norm.weight.device)
         logits = target.head(target.hidden(tokens)[0, -1]).float()

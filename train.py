@@ -29,25 +29,8 @@ from torch import distributed
 import model
 from data import files, pretrain_text, tokenizer
 
-# Shapes only: vocabulary, end tokens and context come from the tokenizer. The sizes in the comments
-# are counted with the vocabulary in brackets.
-PRESETS = {
-    # The paper's drafter for Llama 2 Chat 7B [32,000]: 116.9 M, 1.74 % of its target's 6,738 M.
-    # (The paper's 1.64 % is 115 M over 7,000 M, both rounded.) Untied, as Llama 2 is.
-    "paper-drafter": dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=4,
-                          num_attention_heads=8, tie_word_embeddings=False),
-    # For SmolLM2-135M [49,152]: 15.0 M, of which 12.6 M are the embedding, which is the head, too.
-    "small-drafter": dict(hidden_size=256, intermediate_size=704, num_hidden_layers=3,
-                          num_attention_heads=4),
-    # The tiny world's target [2,048]: 2.7 M. Deep and thin: in so small a model most time goes into
-    # starting each layer's operations, so depth makes its step slow and leaves a drafter something
-    # to save.
-    "tiny-target": dict(hidden_size=128, intermediate_size=352, num_hidden_layers=12,
-                        num_attention_heads=4),
-    # The tiny world's drafter [2,048]: 0.13 M, a twentieth of its target in parameters.
-    "tiny-drafter": dict(hidden_size=48, intermediate_size=128, num_hidden_layers=1,
-                         num_attention_heads=2),
-}
+# {name: shape}; vocabulary, end tokens and context come from the tokenizer.
+PRESETS = files.read_json(Path(__file__).parent / "data" / "presets.json")["shapes"]
 EVAL_WINDOWS = 64  # or prompts: the same at every evaluation and in every run with this data
 
 
@@ -381,9 +364,8 @@ def require_finite(value, step, out):
     """ValueError if a loss, or its gradient, is infinite or no number. Asked before each step and
     each save, so what is saved is sound."""
     if not math.isfinite(value):
-        kept = "keeps the last" if (out / "training.pt").is_file() else "has no"
-        raise ValueError(f"the loss or its gradient is {value} at step {step}; {out} {kept} good "
-                         f"checkpoint; start again with a lower --learning-rate, or --clip 1")
+        raise ValueError(f"the loss or its gradient is {value} at step {step}; a checkpoint in {out} "
+                         f"is from before; start again with a lower --learning-rate, or --clip 1")
 
 
 # ---- Many processes ----------------------------------------------------------------------------
@@ -490,11 +472,9 @@ def fill_in(args):
     not to be gone on with, or that no training here has made."""
     held = [name for name in ("training.pt", "model.safetensors", "config.json")
             if (args.out / name).is_file()]
-    if held and held[0] != "training.pt":
-        raise ValueError(f"--out {args.out} holds a model without training.pt, so no training can "
-                         f"go on with it: give another --out")
-    if held and not args.resume:
-        raise ValueError(f"--out {args.out} already holds a model: add --resume to go on")
+    if held and not (args.resume and held[0] == "training.pt"):
+        raise ValueError(f"--out {args.out} already holds a model: --resume goes on with one that "
+                         f"has its training.pt; or give another --out")
     args.warm_up = args.steps // 20 if args.warm_up is None else args.warm_up
     if args.min_learning_rate is None:
         args.min_learning_rate = args.learning_rate / 10
@@ -622,7 +602,7 @@ def train(args):
                 batches.append(collate(batch, device))
             else:
                 tokens = pretrain_text.sample(training, args.batch_size, args.context, generator)
-                batches.append((tokens.to(device), torch.ones_like(tokens).bool().to(device)))
+                batches.append((tokens.to(device), torch.ones_like(tokens, device=device).bool()))
         # The step's gradient is one mean over all its positions, however many passes it takes: each
         # pass counts by its share of them.
         counts = [int(answer[:, :-1].sum()) for _, answer in batches]
@@ -636,12 +616,8 @@ def train(args):
 
     print(f"wrote {args.out}: evaluation loss {run.value:.4f} nats a token (perplexity "
           f"{math.exp(run.value):.1f})")
-    if args.chat:
-        print(f"next: python distill.py generate --target {args.out} --prompts FILE "
-              f"--out out/records.jsonl")
-    else:
-        print(f"next: python distill.py generate --target {args.tokenizer} --self-instruct 1000 "
-              f"--out out/records.jsonl")
+    source = f"{args.out} --prompts FILE" if args.chat else f"{args.tokenizer} --self-instruct 1000"
+    print(f"next: python distill.py generate --target {source} --out out/records.jsonl")
 
 
 if __name__ == "__main__":

@@ -673,7 +673,7 @@ def test_resume_refuses_other_options_of_a_sampled_loss(
 def test_a_model_without_a_checkpoint_is_left_alone(folders, records, tmp_path, monkeypatch):
     out = shutil.copytree(folders / "draft", tmp_path / "out")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    with pytest.raises(ValueError, match="out holds a model without training.pt"):
+    with pytest.raises(ValueError, match="out already holds a model: --resume goes on with"):
         finetune(monkeypatch, folders, records, out, "--steps", 2, "--resume")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 

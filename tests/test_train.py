@@ -493,7 +493,8 @@ def test_a_model_that_no_training_made_is_left_alone(refused, tmp_path, name, fl
     out = tmp_path / "out"
     out.mkdir()
     (out / name).write_text("precious")
-    assert f"{out} holds a model without training.pt" in refused(*flags)
+    said = refused(*flags)
+    assert f"{out} already holds a model: --resume goes on with one that has its training" in said
     assert [(path.name, path.read_text()) for path in out.iterdir()] == [(name, "precious")]
 
 
@@ -505,7 +506,7 @@ def test_an_existing_model_is_not_overwritten(run, refused, tmp_path):
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(
         run, refused, monkeypatch, tmp_path):
-    assert "no good checkpoint" in refused("--learning-rate", "1e25", out=tmp_path / "hot")
+    assert "is inf at step" in refused("--learning-rate", "1e25", out=tmp_path / "hot")
     assert not (tmp_path / "hot" / "training.pt").exists()
 
     losses, real = [], train.next_token_loss_backward
@@ -516,7 +517,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(
 
     monkeypatch.setattr(train, "next_token_loss_backward", fails_at_step_8)
     said = refused()
-    for part in ("nan at step 8", "lower --learning-rate", "keeps the last good checkpoint"):
+    for part in ("nan at step 8", "lower --learning-rate", "is from before"):
         assert part in said
     assert torch.load(tmp_path / "out" / "training.pt", weights_only=True)["step"] == 5
 

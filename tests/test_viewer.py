@@ -163,8 +163,8 @@ def random_trace(count, runs=1, vocab=300, gamma=3):
                 torch.empty(0, dtype=torch.int64))
             kept, follow = watch.verify(guesses, q, p, torch.rand(wanted, generator=generator))
             watch.began += [0.0] * (wanted + 1)
-            following = torch.multinomial(follow, 1, generator=generator).item()
-            made.add(guesses.tolist(), kept, following, q, p, ())
+            following = torch.multinomial(follow, 1, generator=generator)
+            made.add(guesses, kept, following, q, p, ())
             yield made
 
     run = watch.run(stream())
