@@ -364,8 +364,8 @@ def require_finite(value, step, out):
     """ValueError if a loss, or its gradient, is infinite or no number. Asked before each step and
     each save, so what is saved is sound."""
     if not math.isfinite(value):
-        raise ValueError(f"the loss or its gradient is {value} at step {step}; a checkpoint in {out} "
-                         f"is from before; start again with a lower --learning-rate, or --clip 1")
+        raise ValueError(f"the loss or its gradient is {value} at step {step}; a checkpoint in "
+                         f"{out} is from before; start again with a lower --learning-rate")
 
 
 # ---- Many processes ----------------------------------------------------------------------------
