@@ -324,8 +324,7 @@ def read_prompts(target, prompts, room):
     one = model.KVCache(target.config, 1, width, device, dtype)
     for row, (prompt, before) in enumerate(zip(prompts, [[], *prompts])):
         one.length = min(len(os.path.commonprefix([prompt, before])), len(prompt) - 1)
-        unread = torch.tensor([prompt[one.length:]], device=device)
-        hidden.append(target.hidden(unread, one)[0, -1])
+        hidden += target.hidden(torch.tensor([prompt[one.length:]], device=device), one)[:, -1]
         cache.put(row, one)
     return cache, torch.stack(hidden)
 
@@ -598,8 +597,7 @@ def mean_tau(target, draft, tok, prompts, gamma, temperature):
     made = [speculate.speculative_generate(
         target, draft, torch.tensor([tok.chat_prompt(p["messages"])], device=device), 64, gamma,
         temperature, 1.0, tok.eos_ids, generator) for p in prompts]
-    new = sum(len(m.tokens) - 1 for m in made)
-    return new / max(1, sum(m.target_calls for m in made))
+    return sum(len(m.tokens) - 1 for m in made) / max(1, sum(m.target_calls for m in made))
 
 
 # ---- Command line ------------------------------------------------------------------------------
