@@ -70,10 +70,10 @@ def distillation_backward(draft, target, states, batch, loss, scale=1.0, chunk=2
     programs, which use the whole head.
     """
     tokens, answer = train.collate(batch, draft.embed_tokens.weight.device)
-    rows = train.own(len(batch))            # all of them, unless several processes share the batch
-    first, count = int(answer[:rows.start].sum()), int(answer.sum())
-    hidden, target_states = draft.hidden(tokens[rows])[answer[rows]], states.read(batch[rows])
-    # Both are (N, D).
+    mine = train.own(len(batch))            # all rows, unless several processes share the batch
+    first, count = int(answer[:mine.start].sum()), int(answer.sum())
+    # The last hidden states of both models at the answers' positions, (N, D).
+    hidden, target_states = draft.hidden(tokens[mine])[answer[mine]], states.read(batch[mine])
     ids = draft.draft_vocabulary
     if ids is not None:
         others = never_proposed(draft)
