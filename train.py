@@ -80,9 +80,9 @@ def next_token_loss_backward(llama, tokens, answer=None, scale=1.0, chunk=512):
     Of many processes each reads its own rows, and adds and returns their part of both sums.
     """
     answer = torch.ones_like(tokens, dtype=torch.bool) if answer is None else answer
-    rows, count = own(len(tokens)), int(answer[:, :-1].sum())
-    hidden = llama.hidden(tokens[rows, :-1])[answer[rows, :-1]]
-    following = tokens[rows, 1:][answer[rows, :-1]]                                          # (N,)
+    mine, count = own(len(tokens)), int(answer[:, :-1].sum())
+    hidden = llama.hidden(tokens[mine, :-1])[answer[mine, :-1]]
+    following = tokens[mine, 1:][answer[mine, :-1]]                                          # (N,)
 
     def loss_at(logits, rows):
         loss = F.cross_entropy(logits.float(), following[rows], reduction="sum")
