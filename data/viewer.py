@@ -17,6 +17,8 @@ import torch
 
 from data import files, report
 
+LATEST = 100                             # the last block of which the page has more than the words
+
 
 def write(args, pair, drafters, speculative, plain, rules):
     """Decode args.prompt with each of the drafters, {folder: model}, and plainly; write args.html.
@@ -82,7 +84,10 @@ class Watch:
         """Of a block that gave these tokens. A place is that of a guess, or behind the last one if
         all were kept. It has rows: a token, its p, its q if a guess was made there, its chance to
         follow if the block ended there. What is behind a refusal was not looked at. Late in a long
-        text a place has fewer rows, or the page would be too large."""
+        text a place has fewer rows, and at last none but the guess's word, or the page would be too
+        large."""
+        if number > LATEST:
+            return {"kept": int(kept), "late": [self.word(x) for x in guesses.tolist()]}
         ids, places, at = guesses.tolist(), [], guesses.to(p.device)[:, None]       # at (gamma, 1)
         both, ratios = torch.minimum(p[:-1], q).sum(1), p[:-1].gather(1, at) / q.gather(1, at)
         for i in range(int(kept) + 1):
@@ -101,4 +106,4 @@ class Watch:
 
 
 def rounded(values):
-    return [round(value, 5) for value in values.tolist()]
+    return [round(value, 5 if value < 1 else 2) for value in values.tolist()]
