@@ -63,11 +63,12 @@ def distillation_backward(draft, target, states, batch, loss, scale=1.0, chunk=2
     and with the target's hidden states from `states`. alpha: the mean of sum min(p, q), the
     acceptance rate before this step.
 
-    With a draft vocabulary both distributions are taken over its tokens, and over a sample of other
-    tokens, an eighth as many, drawn anew at each step (so this alpha is a little too high). The
-    rows of the head that belong to these others do not change (see align); but the hidden states
-    learn to keep their logits low. Without this, a token that was never trained could win in other
-    programs, which use the whole head.
+    With a draft vocabulary both distributions are taken over its tokens, those of the batch's texts
+    (the loop adds its prompt's: see Llama.head), and a sample of others, an eighth as many as it
+    has, drawn anew at each step (so this alpha is a little too high). The rows of the head that
+    belong to these others do not change (see align); but the hidden states learn to keep their
+    logits low. Without this, a token that was never trained could win in other programs, which use
+    the whole head.
     """
     tokens, answer = train.collate(batch, draft.embed_tokens.weight.device)
     mine = train.own(len(batch))            # all rows, unless several processes share the batch
@@ -78,7 +79,7 @@ def distillation_backward(draft, target, states, batch, loss, scale=1.0, chunk=2
     if ids is not None:
         others = never_proposed(draft)
         some = torch.randperm(len(others), generator=generator)[:len(ids) // 8]
-        ids = torch.cat([ids, others[some].to(ids.device)])
+        ids = torch.cat([ids, tokens.flatten(), others[some].to(ids.device)]).unique()
     head, target_head = draft.head_weight(ids), target.head_weight(ids)                  # (K, D)
 
     def logits(rows):
@@ -102,16 +103,14 @@ def distillation_backward(draft, target, states, batch, loss, scale=1.0, chunk=2
 
 
 @torch.no_grad()
-def acceptance(draft, target, states, examples, chunk=256):
+def acceptance(draft, target, states, examples):
     """The acceptance rate to expect, E[sum min(p, q)], over the answers' positions; temperature 1,
-    no top-p."""
+    no top-p. A draft vocabulary is widened by the prompt's tokens, as in the loop."""
     found = []
-    for at in range(0, len(examples), 8):
-        batch = examples[at:at + 8]
-        tokens, answer = train.collate(batch, draft.embed_tokens.weight.device)
-        for rows, target_rows in zip(draft.hidden(tokens)[answer].split(chunk),
-                                     states.read(batch).split(chunk)):
-            found.append(losses.overlap(draft.head(rows), target.head(target_rows)))
+    for e in examples:
+        tokens, answer = train.collate([e], draft.embed_tokens.weight.device)
+        logits = draft.head(draft.hidden(tokens)[answer], tokens[0, :e.first])
+        found.append(losses.overlap(logits, target.head(states.read([e]))))
     return torch.cat(found).mean().item()
 
 

@@ -260,12 +260,13 @@ class Llama(nn.Module):
         group = config.num_attention_heads // config.num_key_value_heads
         return positions, mask.repeat_interleave(group, 1)        # each token is `group` rows of q
 
-    def head(self, hidden):
+    def head(self, hidden, words=None):
         """hidden (..., D) -> logits (..., V). Take only the positions you need: (B, T, V) is large.
 
         With a draft vocabulary all other tokens have the logit -inf: the drafter never guesses
         them. Decoding stays lossless, for the target can still choose them. What is gained: a head
-        of 8,192 rows instead of 49,152 (FR-Spec, arXiv 2502.14856).
+        of 8,192 rows instead of 49,152 (FR-Spec, arXiv 2502.14856). What is lost are rare words,
+        names above all. Many of them stand in the prompt: `words` (K,) are ids to add to the list.
         """
         ids = self.draft_vocabulary
         if self.decoding_head is not None:
@@ -275,6 +276,8 @@ class Llama(nn.Module):
         if ids is None:
             return logits
         whole = logits.new_full((*logits.shape[:-1], self.config.vocab_size), float("-inf"))
+        if words is not None:
+            whole[..., words] = F.linear(hidden, self.head_weight(words))
         return whole.scatter_(-1, ids.expand_as(logits), logits)
 
     def head_weight(self, ids=None):
@@ -477,8 +480,9 @@ def decoding_copy(llama):
             copy.set_submodule(name, module)
         elif isinstance(module, nn.Linear) and name != "lm_head":
             copy.set_submodule(name, PackedLinear(module.weight, name, module.bias))
-    copy.draft_vocabulary, copy.lm_head = llama.draft_vocabulary, None
-    copy.decoding_head = PackedLinear(llama.head_weight(llama.draft_vocabulary), "the head")
+    ids = copy.draft_vocabulary = llama.draft_vocabulary
+    copy.lm_head = None if ids is None else getattr(llama, "lm_head", None)  # for rows of words
+    copy.decoding_head = PackedLinear(llama.head_weight(ids), "the head")
     change = max(part.change for part in copy.modules() if isinstance(part, PackedLinear))
     if change:
         print(f"fp16 holds these weights with a change of at most {change:.1e} of the largest "

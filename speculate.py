@@ -54,8 +54,11 @@ def speculative_stream(target, draft, tokens, max_new_tokens, gamma, temperature
                                  for llama in (target, draft))
 
     def read(llama, cache, text, places):
-        return distributions(llama, cache, text, places, temperature, top_p)
+        return distributions(llama, cache, text, places, temperature, top_p, words)
 
+    # Of a prompt's words the drafter may guess those, too, that its list lacks (see Llama.head).
+    ids = draft.draft_vocabulary
+    words = None if ids is None else text[~torch.isin(text, ids)].unique()
     p = read(target, target_cache, text, 1)
     text = torch.cat([text, model.sample(p, generator)])
     made = Generation(tokens=model.fetch(text[-1:], p.sum(-1))[0], kinds=["target"])
@@ -151,13 +154,13 @@ def leftover(p, q):
     return rest / rest.sum()
 
 
-def distributions(llama, cache, text, places, temperature, top_p):
+def distributions(llama, cache, text, places, temperature, top_p, words=None):
     """Read what is new of the text; p (or q) after each of its last `places` tokens: (places, V).
 
     Temperature and top-p shape p and q in the same way, before they are compared.
     """
     hidden = llama.hidden(text[None, cache.length:], cache)[0, -places:]
-    return model.probabilities(llama.head(hidden), temperature, top_p)
+    return model.probabilities(llama.head(hidden, words), temperature, top_p)
 
 
 @dataclass
@@ -296,8 +299,7 @@ def auto_gamma(draft_cost, pass_costs):
         alpha = accepted / examined
         # Even if none is kept, a block gives one token, which is worth one step.
         allowed = [gamma for gamma in range(len(pass_costs) - 1) if lost + cost(gamma) - 1 <= 3]
-        return max(allowed, key=lambda gamma: losses.implied_tau(alpha, gamma) / cost(gamma),
-                   default=0)
+        return max(allowed, key=lambda n: losses.implied_tau(alpha, n) / cost(n), default=0)
     return choose
 
 
@@ -315,7 +317,8 @@ def pass_seconds(llama, width, context=128, repeats=5):
     for _ in range(repeats + 1):                  # the first one warms up
         cache.length = context                    # as if so many had been read: it holds zeros
         begin = time.perf_counter()
-        llama(tokens, cache)[0, -1, 0].item()     # .item() waits for a GPU to finish
+        # As in the loop, with some words of a prompt. item() waits for a GPU to finish.
+        llama.head(llama.hidden(tokens, cache), tokens.new_zeros(32))[0, -1, 0].item()
         seconds.append(time.perf_counter() - begin)
     return float(np.median(seconds[1:]))
 

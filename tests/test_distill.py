@@ -455,8 +455,10 @@ def test_with_a_draft_vocabulary_both_are_renormalised_over_it_and_some_others(f
                                              torch.Generator().manual_seed(3))
     gradients = take_gradients(draft)
     shuffled = torch.randperm(len(others), generator=torch.Generator().manual_seed(3))
-    ids = torch.cat([ids, torch.tensor(others)[shuffled[:len(ids) // 8]]])
     tokens, answer = train.collate(batch, "cpu")
+    some = torch.tensor(others)[shuffled[:len(ids) // 8]]
+    ids = torch.tensor(sorted({*ids.tolist(), *some.tolist(), *tokens.flatten().tolist()}))
+    assert vocabulary < set(ids.tolist()) and len(ids) < tok.vocab_size
     q = F.linear(draft.hidden(tokens)[answer], draft.head_weight(ids))
     p = target.head(target.hidden(tokens)[answer].half().float())[:, ids]
     expected = kld(q, p).mean()

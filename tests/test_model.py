@@ -214,8 +214,9 @@ def test_projections_are_joined_on_load_and_split_on_save_under_hugging_faces_na
     assert model.load(tmp_path).layers[1].self_attn.qkv_proj.weight.equal(qkv)
 
 
-def test_a_draft_vocabulary_is_kept_on_disk_and_leaves_no_probability_elsewhere(tmp_path):
-    llama = tiny_llama(0, vocab=50, layers=1)
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_draft_vocabulary_is_kept_on_disk_and_leaves_no_probability_elsewhere(tied, tmp_path):
+    llama = tiny_llama(0, vocab=50, layers=1, tied=tied)
     tokens = torch.tensor([[4, 7, 7]])
     whole = llama(tokens)
     llama.draft_vocabulary = torch.tensor([9, 3, 40])
@@ -229,6 +230,13 @@ def test_a_draft_vocabulary_is_kept_on_disk_and_leaves_no_probability_elsewhere(
         torch.testing.assert_close(logits[..., [3, 9, 40]], whole[..., [3, 9, 40]])
         assert torch.isinf(logits).sum() == 3 * 47
         assert model.probabilities(logits[0]).sum(-1).allclose(torch.ones(3))
+        # Words of the prompt: some once, some twice, one of the list.
+        words = torch.tensor([11, 3, 11, 7, 49])
+        logits, allowed = loaded.head(loaded.hidden(tokens), words), [3, 7, 9, 11, 40, 49]
+        torch.testing.assert_close(logits[..., allowed], whole[..., allowed])
+        assert torch.isinf(logits).sum() == 3 * 44
+        logits = loaded.head(loaded.hidden(tokens), words[:0])
+        torch.testing.assert_close(logits, loaded(tokens))
     for content in ("[1, 50]", "[]", "{}", "[1", '["a"]'):
         (tmp_path / "draft_vocabulary.json").write_text(content)
         with pytest.raises(ValueError, match="draft_vocabulary.json: expected a list"):

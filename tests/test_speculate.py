@@ -112,12 +112,41 @@ def test_speculative_sampling_matches_the_target_distribution(drafter, gamma, sh
 def test_a_drafter_with_a_vocabulary_of_its_own_changes_no_probability(monkeypatch):
     draft = model.Llama(TARGET.config).requires_grad_(False)
     draft.load_state_dict(DRAFTERS["unrelated"].state_dict())
-    draft.draft_vocabulary = torch.tensor([2, 0])                 # it can never propose token 1
+    draft.draft_vocabulary = torch.tensor([2, 0])      # it can never propose token 1
     monkeypatch.setitem(DRAFTERS, "part", draft)
+    monkeypatch.setitem(globals(), "PROMPT", [0, 2, 0])
     assert (model.probabilities(draft(torch.tensor([PROMPT]))[0])[:, 1] == 0).all()
     p_value, kinds = measure(speculate.speculative_generate, "part", 3, 1.0, 1.0)
     assert min(kinds[kind] for kind in KINDS) > 100, kinds
     assert p_value > 0.001
+
+
+@pytest.mark.parametrize("gamma, temperature", [(1, 1.0), (3, 1.0), (3, 0.0), (8, 0.7)])
+def test_the_drafter_guesses_from_its_list_and_the_words_of_the_prompt(
+        gamma, temperature, monkeypatch):
+    target, draft = (tiny_llama(seed, vocab=50, layers=1) for seed in (5, 6))
+    draft.draft_vocabulary, blocks = torch.tensor([9, 3, 40]), []
+
+    def remember(guesses, q, p, coins):
+        blocks.append((guesses, q))
+        return speculate.verify_token(guesses, q, p, coins)
+
+    monkeypatch.setitem(speculate.VERIFY, "token", remember)
+    prompt = torch.tensor([[11, 3, 30]])
+    made = speculate.speculative_generate(target, draft, prompt, 30, gamma, temperature, 1.0,
+                                          generator=torch.Generator().manual_seed(0))
+    text, at, words = prompt[0].tolist(), 1, 0
+    for (guesses, q), (_, kept) in zip(blocks, made.blocks, strict=True):
+        for i, row in enumerate(q):
+            read = text + made.tokens[:at] + guesses[:i].tolist()
+            logits = (draft.head_weight() @ draft.hidden(torch.tensor([read]))[0, -1])[None]
+            allowed = torch.zeros(1, 50, dtype=torch.bool)
+            allowed[0, [9, 3, 40, *text]] = True
+            expected = model.probabilities(logits.masked_fill(~allowed, -math.inf), temperature)
+            torch.testing.assert_close(row, expected[0])
+            words += guesses[i].item() in (11, 30)
+        at += kept + 1
+    assert len(blocks) > 5 and (words > 0 or temperature == 0)
 
 
 # ---- A vocabulary above 256, peaked and flat places, top-p -------------------------------------
@@ -546,10 +575,10 @@ def test_the_simulation_sees_broken_caches(bug, monkeypatch):
             return StubbornCache(llama.config, 1, tokens + 40, device)
         return real_room(llama, tokens, device)
 
-    def skipping(llama, cache, text, places, temperature, top_p):
+    def skipping(llama, cache, text, *shape):
         if llama is not BIG[0] and cache.length:
             cache.length = len(text) - 1                            # reads the newest token only
-        return real_read(llama, cache, text, places, temperature, top_p)
+        return real_read(llama, cache, text, *shape)
 
     if bug == "drafter skips its last token":
         monkeypatch.setattr(speculate, "distributions", skipping)
@@ -587,10 +616,10 @@ def test_an_unshaped_q_is_seen_by_that_test(monkeypatch):
     real, drafter = speculate.distributions, model.Llama(BIG[0].config).requires_grad_(False)
     drafter.load_state_dict(BIG[0].state_dict())
 
-    def unshaped(llama, cache, text, places, temperature, top_p):
+    def unshaped(llama, cache, text, places, temperature, top_p, words):
         if llama is drafter:
-            return real(llama, cache, text, places, 1.0, 1.0)
-        return real(llama, cache, text, places, temperature, top_p)
+            return real(llama, cache, text, places, 1.0, 1.0, words)
+        return real(llama, cache, text, places, temperature, top_p, words)
 
     monkeypatch.setattr(speculate, "distributions", unshaped)
     generator = torch.Generator().manual_seed(0)
