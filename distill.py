@@ -65,8 +65,8 @@ def distillation_backward(draft, target, states, batch, loss, scale=1.0, chunk=2
 
     With a draft vocabulary both distributions are taken over its tokens, those of the batch's texts
     (the loop adds its prompt's: see Llama.head), and a sample of others, an eighth as many as it
-    has, drawn anew at each step (so this alpha is a little too high). The rows of the head that
-    belong to these others do not change (see align); but the hidden states learn to keep their
+    has, drawn anew at each step (so this alpha is a little too high). Of all tokens outside the
+    list the rows of the head do not change (see align); but the hidden states learn to keep their
     logits low. Without this, a token that was never trained could win in other programs, which use
     the whole head.
     """
@@ -77,7 +77,7 @@ def distillation_backward(draft, target, states, batch, loss, scale=1.0, chunk=2
     hidden, target_states = draft.hidden(tokens[mine])[answer[mine]], states.read(batch[mine])
     ids = draft.draft_vocabulary
     if ids is not None:
-        others = never_proposed(draft)
+        others = outside_list(draft)
         some = torch.randperm(len(others), generator=generator)[:len(ids) // 8]
         ids = torch.cat([ids, tokens.flatten(), others[some].to(ids.device)]).unique()
     head, target_head = draft.head_weight(ids), target.head_weight(ids)                  # (K, D)
@@ -109,8 +109,9 @@ def acceptance(draft, target, states, examples):
     found = []
     for e in examples:
         tokens, answer = train.collate([e], draft.embed_tokens.weight.device)
-        logits = draft.head(draft.hidden(tokens)[answer], tokens[0, :e.first])
-        found.append(losses.overlap(logits, target.head(states.read([e]))))
+        hidden, words = draft.hidden(tokens)[answer].split(256), tokens[0, :e.first]
+        for some, state in zip(hidden, states.read([e]).split(256)):
+            found.append(losses.overlap(draft.head(some, words), target.head(state)))
     return torch.cat(found).mean().item()
 
 
@@ -136,10 +137,10 @@ def align(draft, target, states, training, held_out, pretraining, tok, args):
     share = args.pretrain_fraction if pretraining is not None else 0.0
     windows = max(1, round(args.batch_size * share / (1 - share))) if share else 0
     # The head's rows of tokens outside the draft vocabulary stay as they are (if head and embedding
-    # are one matrix, these tokens' embeddings stay, too): they are drawn too seldom to be learnt.
+    # are one matrix, these tokens' embeddings stay, too): they come too seldom to be learnt.
     # But Adam divides a gradient by its usual size, so even a small and rare one makes a full step,
     # and weight decay shrinks a row without any gradient: hence the rows are written back.
-    fixed = never_proposed(draft).to(device)
+    fixed = outside_list(draft).to(device)
     kept = draft.head_weight().detach()[fixed]        # a copy
 
     for step in run.steps():
@@ -211,18 +212,18 @@ def finetune(args):
 # ---- Stage 3: the draft vocabulary, and the target's states on disk ----------------------------
 
 def draft_vocabulary(examples, size, tok):
-    """(K,) ids that the drafter may propose: always the end tokens and every byte, so that no text
-    is impossible, then those that the target's answers use most, `size` in all."""
+    """(K,) ids that the drafter may propose, beside its prompt's: always the end tokens and every
+    byte, so that no text is impossible, then those that the target's answers use most, `size` in
+    all."""
     counts = np.zeros(tok.vocab_size, dtype=np.int64)
     for e in examples:
         np.add.at(counts, e.tokens[e.first:], 1)
     always = list({*tok.eos_ids, *tok.byte_ids})
     counts[always] += counts.max() + 1
-    size = max(size, len(always))
-    return torch.from_numpy(np.argsort(-counts, kind="stable")[:size].copy())
+    return torch.from_numpy(np.argsort(-counts, kind="stable")[:max(size, len(always))].copy())
 
 
-def never_proposed(draft):
+def outside_list(draft):
     """The ids of the tokens that the drafter's draft vocabulary leaves out."""
     ids, chosen = torch.arange(draft.config.vocab_size), draft.draft_vocabulary
     return ids[:0] if chosen is None else ids[~torch.isin(ids, chosen.cpu())]
@@ -640,7 +641,7 @@ def make_parser():
         ("draft", None, Path, "the drafter to start from, of the same tokenizer"),
         ("data", None, Path, "records of distill.py generate"),
         ("out", None, Path, "folder of the aligned drafter"),
-        ("draft-vocabulary", 0, "[0, inf)", "propose the most frequent tokens alone; 0: all"))
+        ("draft-vocabulary", 0, "[0, inf)", "propose the most frequent; 0: --draft's list, or all"))
     sub.add_argument("--shard-target", action="store_true", help="divide it among processes")
     distillation_flags(sub, steps=600, batch_size=9, learning_rate=1e-3, eval_every=50)
 

@@ -200,7 +200,7 @@ class Llama(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.draft_vocabulary = None          # (K,) ids that a drafter may propose, or None: all
+        self.draft_vocabulary = None          # (K,) a drafter's list, see head, or None: all
         self.decoding_head, self.packed_count = None, 0           # set by for_decoding alone
         for name, weight in self.named_parameters():
             if weight.dim() == 2 and not weight.is_meta:     # meta: a shape alone, that load fills
@@ -465,7 +465,8 @@ def fbgemm_works():
 def decoding_copy(llama):
     """Llama.for_decoding(): the same model, its Linears and head replaced by PackedLinear.
 
-    Norms and embedding are shared, the original is untouched; the new model is never trained or
+    Norms and embedding (and an untied head, of which a draft vocabulary needs some rows) are
+    shared, the original is untouched; the new model is never trained or
     saved. It serves every number of tokens, prompts included. Where FBGEMM does not serve (another
     processor, a GPU, bf16 or fp16 arithmetic) the model itself comes back, and a line says so.
     """

@@ -53,7 +53,7 @@ def speculative_stream(target, draft, tokens, max_new_tokens, gamma, temperature
     target_cache, draft_cache = (room_for(llama, len(text) + max_new_tokens, tokens.device)
                                  for llama in (target, draft))
 
-    def read(llama, cache, text, places):
+    def read(llama, cache, text, places, words=None):
         return distributions(llama, cache, text, places, temperature, top_p, words)
 
     # Of a prompt's words the drafter may guess those, too, that its list lacks (see Llama.head).
@@ -69,7 +69,7 @@ def speculative_stream(target, draft, tokens, max_new_tokens, gamma, temperature
         guesses, q = text[:0], []
         length = gamma if choose is None else choose(made.blocks)
         for _ in range(min(length, max_new_tokens - len(made.tokens) - 1)):
-            q.append(read(draft, draft_cache, torch.cat([text, guesses]), 1))
+            q.append(read(draft, draft_cache, torch.cat([text, guesses]), 1, words))
             guesses = torch.cat([guesses, model.sample(q[-1], generator)])
 
         # (2) The target reads them all in one pass: p[i] is what it would draw guess i from, and

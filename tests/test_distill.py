@@ -348,6 +348,27 @@ def take_gradients(llama):
     return gradients
 
 
+@pytest.mark.parametrize("listed", [None, [9, 3, 40]])
+@pytest.mark.parametrize("lengths", [(3,), (256, 257, 1), (5, 600)])
+def test_the_acceptance_rate_is_that_of_the_loops_own_p_and_q(lengths, listed):
+    """Token by token, each from the text before it; also where an answer is longer than a chunk."""
+    target, draft = (tiny_llama(seed, vocab=50, context=1024) for seed in (5, 6))
+    draft.draft_vocabulary = None if listed is None else torch.tensor(listed)
+    draw, overlaps = random.Random(0), []
+    examples = [train.Example([draw.randrange(50) for _ in range(4 + n)], 4) for n in lengths]
+    for e in examples:
+        text, caches = torch.tensor(e.tokens), [speculate.room_for(x, 1024, "cpu")
+                                                for x in (target, draft)]
+        for place in range(e.first, len(text)):
+            p, q = (speculate.distributions(llama, cache, text[:place], 1, 1.0, 1.0, words)
+                    for llama, cache, words in zip((target, draft), caches, (None, text[:4])))
+            overlaps.append(torch.minimum(p, q).sum())
+    states = SimpleNamespace(read=lambda batch: torch.cat(
+        [target.hidden(torch.tensor([e.tokens]))[0, e.first - 1:-1] for e in batch]))
+    found = distill.acceptance(draft, target, states, examples)
+    assert found == pytest.approx(torch.stack(overlaps).mean().item(), abs=1e-5)
+
+
 def test_the_end_token_is_trained_only_where_the_answer_ended_by_itself(folders, tmp_path):
     tok = tokenizer.load(folders / "target")
     messages = [{"role": "user", "content": "hello"}]

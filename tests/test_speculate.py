@@ -149,6 +149,32 @@ def test_the_drafter_guesses_from_its_list_and_the_words_of_the_prompt(
     assert len(blocks) > 5 and (words > 0 or temperature == 0)
 
 
+@pytest.mark.parametrize("theirs", [[9, 3, 40], [9, 3, 7]])
+@pytest.mark.parametrize("verify", ["token", "block"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_target_with_a_list_keeps_its_own_distribution(temperature, verify, theirs, monkeypatch):
+    """The prompt's words are the drafter's alone: plain decoding can never write them here."""
+    target, draft = (tiny_llama(seed, vocab=50, layers=1) for seed in (5, 6))
+    target.draft_vocabulary = torch.tensor([9, 3, 40])
+    draft.draft_vocabulary = torch.tensor(theirs)
+    prompt, arguments = torch.tensor([[11, 3, 30]]), (30, 3, temperature, 1.0)
+    blocks = []
+
+    def remember(guesses, q, p, coins, rule=speculate.VERIFY[verify]):
+        blocks.append(q)
+        return rule(guesses, q, p, coins)
+
+    monkeypatch.setitem(speculate.VERIFY, verify, remember)
+    made = speculate.speculative_generate(target, draft, prompt, *arguments, verify=verify,
+                                          generator=torch.Generator().manual_seed(0))
+    assert set(made.tokens) <= {9, 3, 40}
+    if temperature == 0:
+        plain = speculate.autoregressive_generate(target, prompt, 30, 0.0, 1.0)
+        assert made.tokens == plain.tokens
+    else:                                       # but the drafter does guess the prompt's words
+        assert all((q[:, [11, 30]] > 0).all() for q in blocks)
+
+
 # ---- A vocabulary above 256, peaked and flat places, top-p -------------------------------------
 
 def bigram(table):
@@ -789,11 +815,13 @@ def test_waits_are_counted():
     assert waits(lambda: x[1:] + x[x.long()][:2].clamp(max=1).cumsum(0)) == 0
 
 
+@pytest.mark.parametrize("listed", [False, True])
 @pytest.mark.parametrize("rule", ["token", "block"])
 @pytest.mark.parametrize("temperature, top_p", [(0.0, 1.0), (1.0, 1.0), (0.7, 0.9)])
-def test_a_block_waits_once_for_a_gpu(rule, temperature, top_p):
+def test_a_block_waits_once_for_a_gpu(rule, temperature, top_p, listed, monkeypatch):
     """Counted on the CPU. With 50 tokens top-p takes the way of a GPU, one sort of all."""
     generator = torch.Generator().manual_seed(0)
+    monkeypatch.setattr(NEAR, "draft_vocabulary", torch.arange(0, 50, 2) if listed else None)
     stream = speculate.speculative_stream(BIG[0], NEAR, PROMPTS[1], 40, 3, temperature, top_p, (),
                                           generator, rule)
     next(stream)
