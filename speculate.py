@@ -357,9 +357,9 @@ def answer(pair, messages, args, style):
     print(rest := decoder.flush())
     seconds = time.perf_counter() - begin
     legend = "".join(f"{before}{kind}{after} " for kind, (before, after) in MARKS[style].items())
-    alpha = f"{made.accepted / made.drafted:.2f}" if made.drafted else "-"
+    kept = f"{made.accepted / made.drafted:.2f}" if made.drafted and args.verify == "token" else "-"
     print(f"--- {legend}{shown} tokens in {seconds:.1f} s ({shown / seconds:.1f}/s)  "
-          f"gamma {'auto' if choose else args.gamma[0]}  tau {made.tau:.2f}  alpha {alpha}",
+          f"gamma {'auto' if choose else args.gamma[0]}  tau {made.tau:.2f}  alpha {kept}",
           file=sys.stderr if style == "plain" else sys.stdout)
     return answered + rest
 
@@ -521,8 +521,9 @@ def parse():
     if (args.target is None) != (args.draft is None):
         raise ValueError("--target and --draft belong together: give both, or neither")
     args.first = args.prompt is None and not args.chat and not args.bench
-    if args.html and args.prompt is None or args.beside and not args.html:
-        raise ValueError("--html needs the --prompt that it shows, and --beside needs --html")
+    if (args.html and args.prompt is None or args.beside and not args.html
+            or args.json and not args.bench):
+        raise ValueError("--html needs --prompt, --beside needs --html, --json needs --bench")
     if args.prompt is not None and not args.prompt.strip():
         raise ValueError("--prompt is empty: give the text to answer")
     if args.prompt:                              # UTF-8, also where the terminal says it is ASCII

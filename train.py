@@ -128,20 +128,21 @@ def read_examples(path, tok, context, task=None):
         if task is not None and record.get("task") != task:
             continue
         ids, ended = record.get("response_ids"), record.get("ended", True)
-        messages = record.get("messages")
+        messages = files.messages_of(record)
         if ids is None and isinstance(record.get("response"), str) and isinstance(messages, list):
             ids = tok.answer_ids(messages, record["response"])
         if not (isinstance(ids, list) and isinstance(ended, bool) and isinstance(messages, list)):
-            raise ValueError(f"{path}, record {number}: needs messages and response_ids (with "
-                             f"ended) or response, as distill.py generate writes them")
+            raise ValueError(f"{path}, record {number}: needs messages (role, content) and "
+                             f"response_ids (with ended) or response, as distill.py generate "
+                             f"writes them")
         if any(not isinstance(i, int) or not 0 <= i < tok.vocab_size for i in ids):
             raise ValueError(f"{path}, record {number}: response_ids hold what is no token of "
                              f"{tok.folder}")
         # No messages: a text that the target wrote from its bare start, the document token.
         prompt = tok.chat_prompt(messages) if messages else [tok.document_id]
         tokens = prompt + ids + ([tok.eos_id] if ended else [])
-        cut += len(tokens) > context
         if len(prompt) < min(len(tokens), context):
+            cut += len(tokens) > context
             examples.append(Example(tokens[:context], len(prompt)))
     if not examples:
         raise ValueError(f"{path}: no record with an answer that fits into --context {context}")
@@ -198,7 +199,7 @@ def hold_out(examples, count):
         prompts.setdefault(key, []).append(e)
     if len(prompts) <= count:
         raise ValueError(f"{len(prompts)} prompts with usable records, of which {count} would be "
-                         f"held out: give more")
+                         f"held out: give more, or lower --eval-records")
     held_out = list(prompts.values())[::math.ceil(len(prompts) / count)]
     held = {id(e) for group in held_out for e in group}
     return [e for e in examples if id(e) not in held], [e for e in examples if id(e) in held]
@@ -507,10 +508,8 @@ def leading_directions(embedding, width):
 def build(args, tok):
     """The model to train: a preset with the tokenizer's vocabulary, or the model of --init."""
     if given := args.init or args.embed_from:
-        source = model.load(given)
-        if source.config.vocab_size != tok.vocab_size:
-            raise ValueError(f"{given} has {source.config.vocab_size} tokens, {args.tokenizer} "
-                             f"{tok.vocab_size}: give a model of the same tokenizer")
+        tokenizer.load_pair(args.tokenizer, given)
+        source = model.load(given, vocab_size=tok.vocab_size)
         if args.init:
             return source
     eos = list(tok.eos_ids)
@@ -615,7 +614,7 @@ def train(args):
         run.update(loss, sum(counts))
 
     print(f"wrote {args.out}: evaluation loss {run.value:.4f} nats a token (perplexity "
-          f"{math.exp(run.value):.1f})")
+          f"{math.exp(min(run.value, 700)):.1f})")
     source = f"{args.out} --prompts FILE" if args.chat else f"{args.tokenizer} --self-instruct 1000"
     print(f"next: python distill.py generate --target {source} --out out/records.jsonl")
 

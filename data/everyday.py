@@ -70,12 +70,12 @@ def follow_ups(records, count, seed):
     short answer, and a question about it."""
     rng = random.Random(seed)
     short = [row for row in records if row.get("task") == "open" and row.get("ended")
-             and 0 < len(row.get("response", "").split()) <= 150]
+             and files.messages_of(row) and 0 < len((row.get("response") or "").split()) <= 150]
     if len(short) < count:
         raise ValueError(f"--count {count}: the records hold only {len(short)} open questions with "
                          f"a short answer; ask for fewer")
     return [{"task": "open", "messages": [
-        *row["messages"], {"role": "assistant", "content": row["response"]},
+        *files.messages_of(row), {"role": "assistant", "content": row["response"]},
         {"role": "user", "content": rng.choice(FOLLOW_UPS)}]} for row in rng.sample(short, count)]
 
 

@@ -16,10 +16,10 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 if not __package__:  # run as a script: sys.path[0] is data/, the root is one up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+import model  # noqa: E402
 from data import files, tokenizer
 
 # What stands before the merges in a tokenizer.json, in order, each by its type or its pattern, and
@@ -121,15 +121,14 @@ def export(folder, out):
     """Write the GGUF file `out`. ValueError says what the folder holds that GGUF would lose."""
     import gguf
 
-    config, weights = files.read_json(folder / "config.json"), {}
-    for part in sorted(folder.glob("*.safetensors")):                     # one file, or its shards
-        weights |= load_file(part)
+    config = files.read_json(folder / "config.json")
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    kind, scaling = config["model_type"], rope.get("rope_type", rope.get("type", "default"))
+    kind, scaling = config.get("model_type"), rope.get("rope_type", rope.get("type", "default"))
     if kind != "llama" or scaling not in ("default", "llama3"):
         raise ValueError(f"{folder}: model_type {kind} with rope_type {scaling} cannot be written, "
                          f"only llama with default or llama3")
-    rows, tied = len(weights["model.embed_tokens.weight"]), config.get("tie_word_embeddings")
+    weights = model.split_weights(model.load(folder).requires_grad_(False))
+    rows = len(weights["model.embed_tokens.weight"])
     heads = {"attn_q": config["num_attention_heads"]}
     heads["attn_k"] = config.get("num_key_value_heads") or heads["attn_q"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads["attn_q"]
@@ -152,8 +151,7 @@ def export(folder, out):
             factors = rotary_factors(rope, theta, head_dim)
             writer.add_tensor("rope_freqs.weight", factors.numpy())
         for name, weight in weights.items():
-            if not (name == "lm_head.weight" and tied or name.endswith("rotary_emb.inv_freq")):
-                writer.add_tensor(*gguf_tensor(names, name, weight, heads))
+            writer.add_tensor(*gguf_tensor(names, name, weight, heads))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

@@ -151,9 +151,9 @@ def read_jsonl(path):
     try:
         with opened(path, "rb") as lines:
             while line := lines.readline(LONGEST):
-                row = json.loads(line.decode("utf-8")) if line.strip() else None
                 if len(line) == LONGEST:
                     raise ValueError("longer than 64 MB")
+                row = json.loads(line.decode("utf-8")) if line.strip() else None
                 if row is not None and not isinstance(row, dict):
                     raise ValueError(f"expected a JSON object, got {type(row).__name__}")
                 if b"\\ud" in line.lower():            # half of a pair is no character of UTF-8
@@ -204,8 +204,10 @@ def write_json(path, content, indent=1):
 
 def trim_partial_line(path):
     """Cut off the half of a last line that a killed writer leaves behind. A line that lacks its
-    newline alone gets it."""
+    newline alone gets it. ValueError for a compressed file."""
     path = Path(path)
+    if path.suffix == ".gz":
+        raise ValueError(f"{path}: nothing can be appended to a .gz; choose another name")
     if path.is_file():
         with open(path, "r+b") as file:
             content = file.read()

@@ -121,7 +121,7 @@ def encoded(tok, paths):
         prose = (without_seen_paragraphs(clean(text), seen) for text in texts)
         yield name, licence, [tok.encode(text) for text in prose if mostly_words(text)]
     if paths:
-        yield ("written by the target from its bare start", "Apache-2.0 (the model's)",
+        yield ("written by the target from its bare start", "that of the target's text",
                written_by_target(paths, tok))
 
 
@@ -131,6 +131,7 @@ def write_tokens(out, documents, sources, tok, eval_fraction, seed):
     dtype = "uint16" if tok.vocab_size <= 2 ** 16 else "uint32"
     order = np.random.default_rng(seed).permutation(len(documents))
     held_out, counts = max(1, round(eval_fraction * len(documents))), {}
+    (out / "meta.json").unlink(missing_ok=True)         # it vouches for both: first out, last in
     for name, part in (("eval", order[:held_out]), ("train", order[held_out:])):
         ids = np.concatenate([[*documents[i], tok.document_id] for i in part]).astype(DTYPES[dtype])
         counts[f"{name}_tokens"] = len(ids)
@@ -165,7 +166,7 @@ def read(folder, tok, context):
         size = path.stat().st_size
         if size % width or size // width <= context:
             raise ValueError(f"{path}: {size} bytes; expected {width} a token and more than "
-                             f"--context {context} tokens: write it again, or lower --context")
+                             f"{context} tokens, one window: write it again, or take shorter ones")
         arrays.append(np.memmap(path, dtype=DTYPES[dtype], mode="r"))
         if arrays[-1].max() >= tok.vocab_size:
             raise ValueError(f"{path}: holds token {arrays[-1].max()}, outside the tokenizer's "

@@ -131,6 +131,8 @@ def draw_runs(path, folders):
     before = 0
     for folder in folders:
         log = files.read_jsonl(folder / "log.jsonl")
+        if "positions" not in (log or [{}])[-1]:
+            raise ValueError(f"{folder}: no log of distill.py finetune; give such folders")
         seen, alphas = curve(log, "positions", "held_out_alpha")
         seen = (seen + before) / 1e6
         axes.plot(seen, alphas, marker="o", markersize=3, label=folder.name)

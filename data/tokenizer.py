@@ -62,8 +62,7 @@ def load_pair(target, draft):
     """The tokenizer that two model folders share. ValueError if they do not."""
     tok, other = load(target), load(draft)
     if tok.fingerprint != other.fingerprint:
-        raise ValueError(f"{draft} has another tokenizer than {target}: a drafter must share its "
-                         f"target's tokenizer")
+        raise ValueError(f"{draft} has another tokenizer than {target}: they must share one")
     return tok
 
 

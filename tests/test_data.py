@@ -72,6 +72,25 @@ def test_token_files_hold_every_document_once_and_split_by_document(sentencepiec
     assert meta["tokenizer_fingerprint"] == tok.fingerprint
 
 
+def test_token_files_half_written_over_others_are_refused(
+        sentencepiece_folder, tmp_path, monkeypatch):
+    """One file of today's split beside one of yesterday's: documents in both, unseen."""
+    tok = tokenizer.load(sentencepiece_folder)
+    documents, real = [[10 + i, 20, 30 + i] for i in range(50)], files.atomic
+    pretrain_text.write_tokens(tmp_path, documents, [], tok, 0.1, 0)
+
+    def full(path):
+        if path.name == "train.bin":
+            raise OSError("no space left on device")
+        return real(path)
+
+    monkeypatch.setattr(files, "atomic", full)
+    with pytest.raises(OSError, match="no space"):
+        pretrain_text.write_tokens(tmp_path, documents, [], tok, 0.1, 1)
+    with pytest.raises(ValueError, match="meta.json: no such file"):
+        pretrain_text.read(tmp_path, tok, 4)
+
+
 def test_a_vocabulary_beyond_uint16_has_wider_token_files_and_older_files_are_read(
         sentencepiece_folder, tmp_path):
     tok = tokenizer.load(sentencepiece_folder)

@@ -556,6 +556,24 @@ def test_a_broken_file_costs_its_own_points_and_says_why_in_a_line(tmp_path, con
 RIGHT = "def acceptance_rate(p, q):\n    return p.minimum(q).sum()\n"
 
 
+def test_an_answer_may_use_a_dataclass(tmp_path):
+    (tmp_path / "01_acceptance_rate.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\n"
+        f"class A:\n    a: int = 0\n{RIGHT}")
+    assert earned(grade.grade(1, tmp_path)) == 10
+
+
+@handed_out
+@pytest.mark.parametrize("number, name, wrapped", [
+    (4, "token_at", "return torch.tensor(_given(*a))"),
+    (14, "make_choose", "return lambda blocks: torch.tensor(_given(*a)(blocks)).numpy()[()]")])
+def test_an_answer_may_be_a_number_of_torch_or_numpy(number, name, wrapped, tmp_path):
+    path = next(SOLUTIONS.glob(f"{number:02}_*.py"))
+    more = f"\nimport torch\n_given = {name}\n\ndef {name}(*a):\n    {wrapped}\n"
+    (tmp_path / path.name).write_text(path.read_text() + more)
+    assert earned(grade.grade(number, tmp_path)) == 10
+
+
 def test_an_edit_within_the_same_second_is_seen(tmp_path):
     path = tmp_path / "01_acceptance_rate.py"
     for content, points in ((RIGHT, 10), (RIGHT.replace("min", "max"), 0), (RIGHT, 10)):

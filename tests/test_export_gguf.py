@@ -119,6 +119,11 @@ def test_what_gguf_cannot_hold_is_refused_in_one_sentence(sentencepiece_folder, 
     assert_refused(export_from(tmp_path), "config.json: no such file")
     assert_refused(export_from(folder("small", tok.vocab_size - 1)), "embedding only")
     assert_refused(export_from(folder("nan", tok.vocab_size)), "down_proj", "not finite")
+    lost = folder("lost", tok.vocab_size)
+    (lost / "model.safetensors").rename(lost / "model-00001-of-00002.safetensors")
+    (lost / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {
+        "a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}))
+    assert_refused(export_from(lost), "model-00002-of-00002.safetensors: no such file")
     qwen = folder("qwen", tok.vocab_size)
     config = json.loads((qwen / "config.json").read_text())
     linear = {"rope_scaling": {"type": "linear", "factor": 2.0}}

@@ -366,6 +366,10 @@ def test_a_students_loss_is_tried_before_it_is_used(tmp_path):
              r"returned \(\) .*one loss a position"),
             ("return 1.0", "returned float"),
             ("return draft_logits.sum(-1) / 0", "not finite"),
+            ("p, q = target_logits.detach().softmax(-1), draft_logits.softmax(-1)\n"
+             "    return (p * (p.log() - q.log())).sum(-1)", "look for a log"),
+            ("q = draft_logits.softmax(-1)\n    q.clamp_(min=1e-8)\n    return q.log().sum(-1)",
+             "fails on draft and target logits .*in-?place"),
             ("return target_logits.detach().sum(-1)", "has no gradient"),
             ("return draft_logits.sum(-1) * 0 + 1", "missing, zero or not finite"),
             ("return (draft_logits - draft_logits.detach()).abs().sqrt().sum(-1)",
@@ -379,6 +383,15 @@ def test_a_students_loss_is_tried_before_it_is_used(tmp_path):
         assert "\n" not in str(caught.value).split("RuntimeError")[0]
     with pytest.raises(ValueError, match="defines no function mine"):
         losses.choose(write(good, name="other"))
+    # A file called losses.py that imports this project's.
+    own = tmp_path / "losses.py"
+    own.write_text("import losses\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n"
+                   "    a: 'int' = 0\ndef mine(d, t, coins=None, mu=None):\n"
+                   "    return losses.kld(d, t) + A().a\n")
+    mine = losses.choose(f"{own}:mine")
+    assert torch.equal(mine(DRAFT, TARGET), losses.kld(DRAFT, TARGET))
+    found = losses.step_options(mine, 6, 4, lambda rows: (DRAFT[rows], TARGET[rows]))
+    assert [*found[0]] == ["mu"]                      # coins are only for losses that can use them
     with pytest.raises(ValueError, match="is no file"):
         losses.choose("nowhere.py:mine")
     for name in losses.LOSSES:                        # the project's own pass the same check

@@ -748,7 +748,7 @@ def test_fingerprints_tell_tokenizers_apart(sentencepiece_folder, tmp_path):
     # The same size, other pieces: a drafter with this tokenizer would be the wrong drafter.
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model(vocab_size=one.vocab_size))
     assert tokenizer.load(tmp_path).fingerprint != one.fingerprint
-    with pytest.raises(ValueError, match="must share its target's tokenizer"):
+    with pytest.raises(ValueError, match="another tokenizer than"):
         tokenizer.load_pair(sentencepiece_folder, tmp_path)
 
 

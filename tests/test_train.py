@@ -308,6 +308,7 @@ def test_embed_from_and_init_are_what_training_starts_from(
     target = Llama(Config(vocab_size=size, hidden_size=64, intermediate_size=64,
                           num_hidden_layers=1, num_attention_heads=2))
     save(target, tmp_path / "target")
+    tokenizers.copy(tokenizer_folder, tmp_path / "target")
     # A learning rate this small leaves the weights as they were.
     run("--embed-from", str(tmp_path / "target"), "--learning-rate", "1e-12",
         out=tmp_path / "drafter")
@@ -331,11 +332,21 @@ def test_embed_from_and_init_are_what_training_starts_from(
         config = Config(vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=8,
                         num_hidden_layers=1)
         save(Llama(config), tmp_path / name)
+        tokenizers.copy(tokenizer_folder, tmp_path / name)
         return str(tmp_path / name)
 
-    other = saved("other", size + 1, 48)
-    assert "of the same tokenizer" in refused("--embed-from", other)
-    assert "of the same tokenizer" in refused(start=("--init", other))
+    # An embedding that was padded to a round number of rows is cut to the tokenizer's size.
+    padded = saved("padded", size + 24, 48)
+    run("--steps", "1", out=tmp_path / "from-padded", start=("--init", padded))
+    assert load(tmp_path / "from-padded").config.vocab_size == size
+    # As many tokens, but others: its rows mean other words.
+    other = Path(saved("other", size, 48))
+    pieces = (other / "tokenizer.model").read_bytes()
+    (other / "tokenizer.model").write_bytes(pieces.replace(b"the", b"tho"))
+    assert "another tokenizer than" in refused("--embed-from", str(other))
+    assert "another tokenizer than" in refused(start=("--init", str(other)))
+    few = saved("few", size - 1, 48)
+    assert f"model of {size - 1} tokens" in refused(start=("--init", few))
     assert "cannot start from it" in refused("--embed-from", saved("narrow", size, 32))
 
 

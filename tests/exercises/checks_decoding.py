@@ -175,7 +175,7 @@ def tokens_own_intervals(its):
         if [int(call(its.token_at, p, coin)) for coin in LATTICE] != owners:
             return False
     tenths = torch.tensor([0.1] * 10 + [0], dtype=torch.float64)     # their sum is below 1
-    return its.token_at(vector(0, 1), 0.0) == 1 and its.token_at(tenths, 1 - 2 ** -53) == 9
+    return int(its.token_at(vector(0, 1), 0.0)) == 1 and int(its.token_at(tenths, 1 - 2**-53)) == 9
 
 
 def random_table(seed, tokens):
@@ -441,7 +441,7 @@ def chooser(its):
         gamma = choose(list(blocks))
         if gamma not in range(len(PASS_COSTS) - 1):
             raise ValueError(f"gamma {gamma} is not from 0 to {len(PASS_COSTS) - 2}")
-        return gamma
+        return int(gamma)
     return checked
 
 

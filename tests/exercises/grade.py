@@ -50,7 +50,7 @@ def load(number, folder=HERE):
     path = min(folder.glob(f"{number:02}_*.py"), default=None)
     if path is None:
         raise FileNotFoundError(f"there is no {number:02}_*.py in {folder}")
-    its = types.ModuleType(path.stem)
+    its = sys.modules[path.stem] = types.ModuleType(path.stem)         # dataclasses look for it
     its.__file__ = str(path)
     exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), vars(its))
     its.load_again = functools.partial(load, number, folder)     # for a check that needs it anew
