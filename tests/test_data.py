@@ -233,7 +233,9 @@ def test_follow_ups_are_second_turns_to_short_finished_answers_of_open_questions
 
     fitting = [record("open", 20, True), record("open", 30, True)]
     records = [*fitting, record("open", 200, True), record("open", 0, True),
-               record("open", 10, False), record("code", 20, True)]
+               record("open", 10, False), record("code", 20, True),
+               record("open", 20, True) | {"response": None},
+               {"task": "open", "messages": ["hi"], "response": "yes", "ended": True}]
     rows = everyday.follow_ups(records, 2, seed=0)
     assert rows == everyday.follow_ups(records, 2, seed=0)
     files.write_jsonl(tmp_path / "follow-ups.jsonl", rows)

@@ -158,6 +158,15 @@ def test_of_a_file_cut_at_any_byte_every_whole_record_survives(tmp_path_factory,
     assert path.read_bytes() == b"".join(line + b"\n" for line in lines[:whole])
 
 
+def test_nothing_is_appended_to_a_compressed_file_and_nothing_of_it_is_cut(tmp_path):
+    path = tmp_path / "records.jsonl.gz"
+    files.write_jsonl(path, [{"a": i} for i in range(500)])
+    whole = path.read_bytes()
+    with pytest.raises(ValueError, match="records.jsonl.gz: nothing can be appended"):
+        files.trim_partial_line(path)
+    assert path.read_bytes() == whole
+
+
 # ---- What makes two results the same -----------------------------------------------------------
 
 def test_a_fingerprint_follows_the_content_of_each_file_that_is_read_and_no_name(tmp_path):

@@ -1187,6 +1187,8 @@ def test_prompt_and_chat_take_the_tiny_pair_and_half_a_pair_is_refused():
     for half in (("--target", "data/tiny_world/target"),
                  ("--draft", "data/tiny_world/drafter-aligned", "--chat")):
         assert_refused(run_script("speculate.py", *half), "belong together")
+    assert_refused(run_script("speculate.py", "--prompt", "hi", "--json", "out/x.json"),
+                   "--json needs --bench")
     # Another pair, named with both flags, is asked the same question.
     base = run_script("speculate.py", "--target", "data/tiny_world/target",
                       "--draft", "data/tiny_world/drafter-base", "--device", "cpu")
