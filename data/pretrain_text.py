@@ -166,7 +166,7 @@ def read(folder, tok, context):
         size = path.stat().st_size
         if size % width or size // width <= context:
             raise ValueError(f"{path}: {size} bytes; expected {width} a token and more than "
-                             f"{context} tokens, one window: write it again, or take shorter ones")
+                             f"--context {context} tokens: write it again, or lower --context")
         arrays.append(np.memmap(path, dtype=DTYPES[dtype], mode="r"))
         if arrays[-1].max() >= tok.vocab_size:
             raise ValueError(f"{path}: holds token {arrays[-1].max()}, outside the tokenizer's "

@@ -176,6 +176,7 @@ def train_tiny_world(work, texts):
                           num_hidden_layers=3, num_attention_heads=2, max_position_embeddings=512,
                           eos_token_id=tok.eos_id)
     model.save(model.Llama(config), work / "start")
+    tokenizer.copy(work / "tokenizer", work / "start")
     stage(*train, "--init", work / "start", "--chat", work / "chat.jsonl", "--steps", 300,
           "--out", work / "target")
     stage(*train, "--model", "tiny-drafter", "--data", work / "pretrain", "--steps", 200,

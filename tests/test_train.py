@@ -453,6 +453,7 @@ def test_a_start_of_the_same_name_and_other_content_is_another_start(
         torch.manual_seed(seed)
         save(Llama(Config(vocab_size=size, num_hidden_layers=1, **SHAPE | {"hidden_size": 48})),
              tmp_path / "start")
+        tokenizers.copy(tokenizer_folder, tmp_path / "start")
 
     for name, model in (("init", ()), ("embed_from", ("--model", "tiny-drafter"))):
         flags = {"start": (*model, f"--{name.replace('_', '-')}", str(tmp_path / "start")),

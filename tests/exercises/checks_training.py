@@ -29,10 +29,10 @@ class Numbers:
 def as_in_training(its, *records):
     """Whether positions agrees with train.py on these (prompt ids, response ids, ended, context).
     """
-    keeps = {"messages": [{"content": "2"}], "response_ids": [3], "ended": True}
+    keeps = {"messages": [{"role": "user", "content": "2"}], "response_ids": [3], "ended": True}
     for prompt, response, ended, context in records:
-        row = {"messages": [{"content": " ".join(map(str, prompt))}], "response_ids": response,
-               "ended": ended}
+        asked = [{"role": "user", "content": " ".join(map(str, prompt))}]
+        row = {"messages": asked, "response_ids": response, "ended": ended}
         with tempfile.TemporaryDirectory() as folder, mock.patch("builtins.print"):
             path = Path(folder) / "records.jsonl"
             path.write_text(json.dumps(row) + "\n" + json.dumps(keeps) + "\n")
