@@ -913,6 +913,11 @@ def test_alignment_raises_alpha_beyond_its_interval_and_the_report_says_so(train
     done = reported("--check")
     assert done.returncode == 0, done.stderr
     assert "before: pretrained only" in done.stdout and picture.stat().st_size > 10_000
+    # Its curve alone; and a log of another training has none.
+    done = run_script("data/report.py", "--runs", world / "drafter-aligned", "--out", picture)
+    assert done.returncode == 0 and "(0.00 M)" in done.stdout, done.stderr
+    assert_refused(run_script("data/report.py", "--runs", world / "target", "--out", picture),
+                   "no log of distill.py finetune")
     # Alignment that changed nothing.
     shutil.copy(world / "bench-base-1.json", world / "bench-aligned-1.json")
     assert_refused(reported("--check"), "did not raise alpha")

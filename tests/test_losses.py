@@ -10,6 +10,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from conftest import assert_refused, run_process
 
 import losses
 
@@ -413,3 +414,8 @@ def test_options_of_the_sampled_losses_are_refused_elsewhere():
         loss = losses.choose("tvd++-sampled", samples=3, generator=generator)
         found.append(loss(DRAFT, TARGET))
     assert torch.equal(*found)
+
+
+def test_a_picture_that_cannot_be_written_is_one_sentence(tmp_path):
+    for out, message in ((tmp_path / "a.odd", "not supported"), (tmp_path, "is a folder")):
+        assert_refused(run_process("losses.py", "--levels", "0.9", "--out", out), message)

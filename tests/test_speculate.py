@@ -987,6 +987,13 @@ def test_a_piped_answer_is_plain_text_and_brackets_are_readable_without_colour(f
     assert "\033[31m" in colour.stdout and "\033[0m" in colour.stdout
 
 
+def test_an_answer_by_the_block_rule_prints_no_acceptance_rate(folders):
+    for rule, expected in (("token", r"alpha [01]\.\d\d"), ("block", r"alpha -")):
+        process = script(folders, "--prompt", "hello there", "--max-new-tokens", 20,
+                         "--temperature", 1, "--verify", rule)
+        assert re.search(expected, process.stderr), process.stderr
+
+
 def test_chat_keeps_the_history_and_forgets_the_oldest_when_the_context_is_full(folders):
     process = script(folders, "--chat", "--max-new-tokens", 30, input="hello there\n" * 6 + "\n")
     assert process.returncode == 0, process.stderr
