@@ -77,7 +77,7 @@ def distillation_backward(draft, target, states, batch, loss, scale=1.0, chunk=2
     hidden, target_states = draft.hidden(tokens[mine])[answer[mine]], states.read(batch[mine])
     ids = draft.draft_vocabulary
     if ids is not None:
-        others = outside_list(draft)
+        others = draft.outside_list()
         some = torch.randperm(len(others), generator=generator)[:len(ids) // 8]
         ids = torch.cat([ids, tokens.flatten(), others[some].to(ids.device)]).unique()
     head, target_head = draft.head_weight(ids), target.head_weight(ids)                  # (K, D)
@@ -140,7 +140,7 @@ def align(draft, target, states, training, held_out, pretraining, tok, args):
     # are one matrix, these tokens' embeddings stay, too): they come too seldom to be learnt.
     # But Adam divides a gradient by its usual size, so even a small and rare one makes a full step,
     # and weight decay shrinks a row without any gradient: hence the rows are written back.
-    fixed = outside_list(draft).to(device)
+    fixed = draft.outside_list().to(device)
     kept = draft.head_weight().detach()[fixed]        # a copy
 
     for step in run.steps():
@@ -161,7 +161,7 @@ def align(draft, target, states, training, held_out, pretraining, tok, args):
 def deciding(args, training, held_out):
     """All that a fine-tuning's result depends on, as a dict. If it is not the same, --resume
     refuses to go on, and compare trains again. (--threads and --device only change rounding.)"""
-    names = (*train.DECIDING, "target", "draft", "loss", "samples", "baseline", "chunk",
+    names = (*train.DECIDING, "target", "draft", "layers", "loss", "samples", "baseline", "chunk",
              "draft_vocabulary", "pretrain_data", "pretrain_fraction", "pretrain_context")
     return files.settings(args, *names) | {
         "data": train.fingerprint(training, held_out),
@@ -177,7 +177,8 @@ def load_pair(args):
     divided = args.shard_target and files.world() > 1
     target = model.load(args.target, "cpu" if divided else device, dtype, tok.vocab_size)
     target = train.shard(target.requires_grad_(False)) if divided else target.requires_grad_(False)
-    return tok, target, model.load(args.draft, device, vocab_size=tok.vocab_size)
+    draft = model.load(args.draft, device, vocab_size=tok.vocab_size)
+    return tok, target, draft.keep_layers(args.layers) if args.layers else draft
 
 
 def read_training(args, tok):
@@ -202,9 +203,8 @@ def finetune(args):
     print(f"drafter of {draft.parameter_count() / 1e6:.2f} M parameters; {len(training)} records, "
           f"{len(held_out)} held out; {args.steps * args.batch_size / len(training):.1f} epochs")
     alpha = align(draft, target, states, training, held_out, pretraining, tok, args)
-    tau3, tau5 = (losses.implied_tau(alpha, gamma) for gamma in (3, 5))
     print(f"wrote {args.out}: held-out acceptance rate {alpha:.4f} at temperature 1 (implied tau: "
-          f"gamma 3 {tau3:.2f}, gamma 5 {tau5:.2f}; independence assumed)")
+          f"gamma 3 {losses.implied_tau(alpha, 3):.2f}, if guesses were kept independently)")
     print(f"next: python speculate.py --target {args.target} --draft {args.out} "
           f"--bench data/prompts/dev.jsonl --gamma 3")
 
@@ -221,12 +221,6 @@ def draft_vocabulary(examples, size, tok):
     always = list({*tok.eos_ids, *tok.byte_ids})
     counts[always] += counts.max() + 1
     return torch.from_numpy(np.argsort(-counts, kind="stable")[:max(size, len(always))].copy())
-
-
-def outside_list(draft):
-    """The ids of the tokens that the drafter's draft vocabulary leaves out."""
-    ids, chosen = torch.arange(draft.config.vocab_size), draft.draft_vocabulary
-    return ids[:0] if chosen is None else ids[~torch.isin(ids, chosen.cpu())]
 
 
 class TargetStates:
@@ -255,15 +249,15 @@ class TargetStates:
 
     def read(self, batch):
         """States (N, D) at the answer positions of these examples, in their order."""
-        weight = self.target.embed_tokens.weight
-        missing = [e for e in batch if not self.path(e).is_file()]
+        weight, paths = self.target.embed_tokens.weight, [self.path(e) for e in batch]
+        missing = [e for e, path in zip(batch, paths) if not path.is_file()]
         # If any process misses one all call the target: a divided one works only together.
         if train.add_up([torch.zeros(1)], len(missing))[0]:
             tokens, answer = train.collate(missing, weight.device)
             with torch.no_grad():
                 self.add(missing, self.target.hidden(tokens)[answer])
         none = np.empty((0, weight.shape[1]), np.float16)             # for an empty batch
-        states = np.concatenate([none, *(np.load(self.path(e)) for e in batch)])
+        states = np.concatenate([none, *map(np.load, paths)])
         return torch.from_numpy(states).to(weight.device, weight.dtype)
 
 
@@ -308,20 +302,24 @@ def generate_batch(target, prompts, temperatures, top_p, max_new_tokens, stop_id
         hidden = target.hidden(tokens, cache)[:, -1]
 
 
-def read_prompts(target, prompts, room):
+def read_prompts(target, prompts, room, padded=False):
     """The prompts' cache, with room for `room` tokens more, and the last hidden states (B, D).
 
     Its rows are padded on the left, so that all of them write their next token into the same
     column. But the prompts are read one by one: no padding is computed, and what a prompt shares
     with the one before it, such as the system's turn, is not read again. (1.6 times the rate of
-    one padded pass, for answers of 64 tokens to prompts of 40 to 119.)
+    one padded pass, for answers of 64 tokens to prompts of 40 to 119.) A GPU, for which a pass over
+    one prompt is much too small, reads them in one padded pass.
     """
     device, dtype = target.norm.weight.device, target.norm.weight.dtype
     width, hidden = max(map(len, prompts)), []
     starts = [width - len(prompt) for prompt in prompts]
     cache = model.KVCache(target.config, len(prompts), width + room, device, dtype)
-    cache.length, cache.start = width, torch.tensor(starts, device=device) if any(starts) else None
-    one = model.KVCache(target.config, 1, width, device, dtype)
+    cache.start = torch.tensor(starts, device=device) if any(starts) else None
+    if padded or device.type == "cuda":
+        rows = [[0] * start + prompt for start, prompt in zip(starts, prompts)]
+        return cache, target.hidden(torch.tensor(rows, device=device), cache)[:, -1]
+    cache.length, one = width, model.KVCache(target.config, 1, width, device, dtype)
     for row, (prompt, before) in enumerate(zip(prompts, [[], *prompts])):
         one.length = min(len(os.path.commonprefix([prompt, before])), len(prompt) - 1)
         hidden += target.hidden(torch.tensor([prompt[one.length:]], device=device), one)[:, -1]
@@ -642,6 +640,8 @@ def make_parser():
         ("data", None, Path, "records of distill.py generate"),
         ("out", None, Path, "folder of the aligned drafter"),
         ("draft-vocabulary", 0, "[0, inf)", "propose the most frequent; 0: --draft's list, or all"))
+    sub.add_argument("--layers", type=files.between("[0, inf)", int), nargs="+", metavar="N",
+                     help="keep only these layers of --draft, which may be the target itself")
     sub.add_argument("--shard-target", action="store_true", help="divide it among processes")
     distillation_flags(sub, steps=600, batch_size=9, learning_rate=1e-3, eval_every=50)
 
@@ -669,7 +669,7 @@ def compare_flags(sub):
         ("prompts", 20, "[1, inf)", "test prompts a task for tau; alpha takes all"))
     distillation_flags(sub, steps=200, batch_size=32, eval_every=16)
     sub.set_defaults(pretrain_data=Path("out/tiny/pretrain"), draft_vocabulary=0,
-                     min_learning_rate=None, shard_target=False)
+                     layers=None, min_learning_rate=None, shard_target=False)
 
 
 def distillation_flags(parser, **defaults):

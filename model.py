@@ -286,6 +286,20 @@ class Llama(nn.Module):
         weight = self.embed_tokens.weight if tied else self.lm_head.weight
         return weight if ids is None else weight[ids]
 
+    def outside_list(self):
+        """The ids of the tokens that the draft vocabulary leaves out, on the CPU."""
+        ids, chosen = torch.arange(self.config.vocab_size), self.draft_vocabulary
+        return ids[:0] if chosen is None else ids[~torch.isin(ids, chosen.cpu())]
+
+    def keep_layers(self, numbers):
+        """Let all layers but these go; returns the model. Of a target it leaves a start for a
+        drafter that knows the words already. ValueError if there is no such layer."""
+        if max(numbers) >= len(self.layers) or len(set(numbers)) < len(numbers):
+            raise ValueError(f"layers {numbers}: give each once, from 0 to {len(self.layers) - 1}")
+        self.layers = nn.ModuleList(self.layers[i] for i in numbers)
+        self.config.num_hidden_layers = len(numbers)
+        return self
+
     def parameter_count(self):
         """Number of parameters; a tied head is counted once."""
         return sum(weight.numel() for weight in self.parameters()) + self.packed_count
@@ -380,10 +394,10 @@ def nucleus(p, top_p):
 
     To sort 49,152 entries in each row costs more than the model's pass on a CPU, and the largest
     256 nearly always reach top_p. A row where they do not is tried again with 4,096, and then with
-    all V. A GPU sorts all at once, since to ask whether 256 are enough is to wait for it.
+    all V. A GPU sorts a few rows at once, since to ask whether 256 are enough is to wait for it.
     """
     V = p.shape[-1]
-    values, ids = p.topk(min(256, V) if p.device.type == "cpu" else V)
+    values, ids = p.topk(min(256, V) if p.device.type == "cpu" or len(p) > 64 else V)
     for width in (min(4096, V), V):
         if values.shape[-1] == V or not (unfinished := values.sum(-1) < top_p).any():
             break

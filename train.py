@@ -175,16 +175,13 @@ def batch_at(examples, batch_size, seed, number):
     It follows from seed and number alone, so that a resumed run sees what an unbroken one would
     have seen. Batches hold examples of similar length: little padding, and still random.
     """
-    def length(i):
-        return len(examples[i].tokens)
-
     epoch, index = divmod(number, math.ceil(len(examples) / batch_size))
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2 ** 63)
-    order = torch.randperm(len(examples), generator=generator).tolist()
+    order = torch.randperm(len(examples), generator=generator)
+    lengths = torch.tensor([len(e.tokens) for e in examples])
     batches = []                  # all of the epoch, made anew for each: cheap beside a step
-    for at in range(0, len(order), 16 * batch_size):       # 16 batches at a time, sorted by length
-        group = sorted(order[at:at + 16 * batch_size], key=length)
-        batches += [group[i:i + batch_size] for i in range(0, len(group), batch_size)]
+    for group in order.split(16 * batch_size):             # 16 batches at a time, sorted by length
+        batches += group[lengths[group].argsort(stable=True)].split(batch_size)
     chosen = batches[torch.randperm(len(batches), generator=generator)[index]]
     return [examples[i] for i in chosen]
 

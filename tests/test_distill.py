@@ -112,6 +112,18 @@ def test_prompts_are_read_without_padding_and_without_what_each_shares_with_the_
         torch.testing.assert_close(following[row], hidden(torch.tensor([prompt + [3]]))[0, -1])
 
 
+@pytest.mark.parametrize("lengths", [(3, 14, 8, 1, 9), (6, 6, 6), (1,)])
+def test_a_gpus_one_padded_pass_over_the_prompts_gives_the_same(folders, lengths):
+    target, generator = frozen_target(folders), torch.Generator().manual_seed(1)
+    prompts = [torch.randint(4, 300, (n,), generator=generator).tolist() for n in lengths]
+    (one, expected), (whole, states) = (distill.read_prompts(target, prompts, 2, padded)
+                                        for padded in (False, True))
+    torch.testing.assert_close(states, expected)
+    assert whole.length == one.length == max(lengths)
+    following = torch.arange(len(lengths))[:, None] + 5
+    torch.testing.assert_close(target.hidden(following, whole), target.hidden(following, one))
+
+
 def test_a_batch_without_padding_says_so_and_a_damaged_target_is_called_that(folders, monkeypatch):
     target, starts, real = frozen_target(folders), [], model.Llama.hidden
 
@@ -562,6 +574,27 @@ def test_rows_outside_the_draft_vocabulary_keep_their_values(
     same = (before.head_weight() == after.head_weight()).all(-1)
     changed = (~same).nonzero().flatten().tolist()
     assert sorted(changed) == sorted(after.draft_vocabulary.tolist())
+
+
+def test_a_drafter_can_start_from_some_of_the_targets_layers(
+        folders, records, tmp_path, monkeypatch):
+    out, target = tmp_path / "out", model.load(folders / "target")
+    flags = ("--draft", folders / "target", "--layers", 1, 0, "--draft-vocabulary", 300,
+             "--steps", 3, "--learning-rate", 1e-3)
+    finetune(monkeypatch, folders, records, out, *flags)
+    start, after = model.load(folders / "target").keep_layers([1, 0]), model.load(out)
+    assert after.config == start.config and after.config.num_hidden_layers == 2
+    rest = after.outside_list()
+    assert torch.equal(after.head_weight(rest), target.head_weight(rest)) and len(rest)
+    for mine, source in zip(after.layers, (target.layers[1], target.layers[0])):
+        distance = (mine.mlp.down_proj.weight - source.mlp.down_proj.weight).abs().max()
+        assert 0 < distance < 0.01
+    with pytest.raises(ValueError, match="layers was .1, 0., now .0."):
+        finetune(monkeypatch, folders, records, out, *flags, "--layers", 0, "--resume")
+    with pytest.raises(ValueError, match="layers .0, 12.: give each once, from 0 to"):
+        finetune(monkeypatch, folders, records, tmp_path / "x", *flags, "--layers", 0, 12)
+    with pytest.raises(ValueError, match="layers .1, 1.: give each once"):
+        start.keep_layers([1, 1])
 
 
 @pytest.mark.parametrize("name", ["kld", "tvd", "tvd++"])
